@@ -6,6 +6,7 @@ import argparse
 import ipaddress
 import logging
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ INTERRUPTED = 130  # exit code
 LIBRARIES = ("fastapi", "uvicorn", "orjson", "httptools")
 MEBIBYTE = 1 << 20
 MILLISECOND = 1e-3
+LOADER = "lepton-load"  # of a thread's name; it may be compiling
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -212,7 +214,8 @@ def _serve(options: argparse.Namespace) -> int:
     except LeptonError as error:
         print(f"error: {error}", file=sys.stderr)
         code = MISTAKE
-    end_process(code)
+    if any(thread.name.startswith(LOADER) for thread in threading.enumerate()):
+        end_process(code)
     return code
 
 

@@ -161,3 +161,31 @@ def people(name="people"):
 
 
 BFLOAT16 = ml_dtypes.bfloat16
+
+
+def digits(name="digits"):
+    """The nearest of scikit-learn's digits, of 8x8 pixels from 0 to 16."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+
+    def function(arrays):
+        pixels = arrays["inputs"].reshape(-1, 1, 64).astype(np.float32)
+        distances = np.square(pixels - images[None]).sum(2)
+        scores = np.stack(
+            [-distances[:, labels == digit].min(1) / 100 for digit in range(10)], 1
+        )
+        return {
+            "outputs": scores.astype(np.float32),
+            "prediction": scores.argmax(1).astype(np.int32),
+        }
+
+    inputs = images[:50].reshape(-1, 8, 8, 1).astype(np.uint8)
+    return Standin(
+        function,
+        (Tensor("inputs", "uint8", (-1, 8, 8, 1)),),
+        (Tensor("outputs", "float32", (-1, 10)), Tensor("prediction", "int32", (-1,))),
+        name,
+        stored=Stored({"inputs": inputs}, function({"inputs": inputs})),
+        sizes=(1, 2),
+    )
