@@ -189,3 +189,13 @@ def digits(name="digits"):
         stored=Stored({"inputs": inputs}, function({"inputs": inputs})),
         sizes=(1, 2),
     )
+
+
+def half():
+    """The input as the output, in FP16."""
+    return identity("float16", "half")
+
+
+def brain():
+    """The input as the output, in BF16."""
+    return identity("bfloat16", "brain")
