@@ -1,0 +1,1 @@
+"""From a trained run to a service: artifacts, exports, servers, and an eye on them."""
