@@ -6,7 +6,9 @@ that two servers in one process don't share counters.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
 
 from lepton_jax.data.extras import needs
 
@@ -38,6 +40,27 @@ def client() -> Any:
         extra="serve",
         purpose="metrics of a server",
     )
+
+
+def core() -> Any:
+    """Return the library's families for samples that are worked out when asked for."""
+    return needs(
+        "prometheus_client.core",
+        extra="serve",
+        purpose="metrics of a server",
+    )
+
+
+class OfRequest(NamedTuple):
+    """The samples that one request updates.
+
+    They are looked up once: a label costs more than a count.
+    """
+
+    requests: Callable[[str], Any]  # by status
+    errors: Callable[[str], Any]  # by kind
+    stages: Callable[[str], Any]  # by stage
+    seconds: Any
 
 
 class Families:
@@ -117,6 +140,21 @@ class Families:
             MODEL,
         )
         self.ready = self._gauge("ready", "1 while the server takes requests.")
+
+    def of_request(
+        self,
+        model: str,
+        version: str,
+        protocol: str,
+    ) -> OfRequest:
+        """Return the samples of the requests of a model."""
+        key = (model, version)
+        return OfRequest(
+            cache(lambda status: self.requests.labels(*key, status)),
+            cache(lambda kind: self.errors.labels(*key, kind)),
+            cache(lambda stage: self.stage_seconds.labels(*key, stage)),
+            self.request_seconds.labels(*key, protocol),
+        )
 
     # ---- internals ----
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
+
+from lepton_jax.monitor.energy import EnergyMeter
 from lepton_jax.ship.watch.charges import Charge, Price, share_out
+from lepton_jax.ship.watch.collected import Costs, Devices, Drifts
 from lepton_jax.ship.watch.families import Families, client
+from lepton_jax.ship.watch.ledger import Ledger
+from lepton_jax.ship.watch.logs import log_event, log_request
+from lepton_jax.ship.watch.reference import Reference, reference_of
+from lepton_jax.ship.watch.tallies import Tallies
+from lepton_jax.ship.watch.traces import Traces
 from lepton_jax.ship.watch.visit import Visit, identity
 
 # of the text format, as Prometheus and its relatives ask for it
@@ -19,25 +30,48 @@ SERVER_ERROR = 500
 BUSY = 503
 LATE = 504
 
+# Seconds between two counts of the rows that wait. Assumption: short enough that the
+# line of them is seldom full, long enough that a count costs little.
+PERIOD = 0.5
+
 
 class Meter:
     """Everything that one server measures.
 
     Args:
       price: of the machine; None: money is not stated.
+      log: where a line is written for each request; None: nowhere.
+      traces: where spans go to; None: nowhere.
+      energy: of the machine; None: its own counters, if they can be read.
 
     Raises:
       DataError: the library `prometheus_client` is not installed.
     """
 
-    def __init__(self, price: Price | None = None) -> None:
+    def __init__(
+        self,
+        price: Price | None = None,
+        log: logging.Logger | None = None,
+        traces: Traces | None = None,
+        energy: EnergyMeter | None = None,
+    ) -> None:
         library = client()
         self.price = price
-        self._registry = library.CollectorRegistry()
-        self._generate = library.generate_latest
-        self._families = Families(self._registry)
-        library.ProcessCollector(registry=self._registry)
+        self.energy = energy or EnergyMeter()
+        self.ledger = Ledger(self.energy, price)
+        self._log = log
+        self._traces = traces
         self._models: dict[tuple[str, str], ModelMeter] = {}
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._generate = library.generate_latest
+        self._registry = library.CollectorRegistry()
+        self._families = Families(self._registry)
+        self._samples = cache(self._families.of_request)
+        library.ProcessCollector(registry=self._registry)
+        self._registry.register(Devices())
+        self._registry.register(Costs(self.energy, self._costs))
+        self._registry.register(Drifts(self._tallies))
 
     # ---- requests ----
 
@@ -69,18 +103,25 @@ class Meter:
           status: of HTTP; 499: the client went away before the answer.
           error: the words of the answer, for the log.
         """
-        families = self._families
-        families.under_way.dec()
-        model = (visit.model, visit.version)
-        families.requests.labels(*model, str(status)).inc()
-        kind = _kind_of_error(status)
+        seconds = visit.clock() - visit.began
+        self._families.under_way.dec()
+        samples = self._samples(visit.model, visit.version, visit.protocol)
+        samples.requests(str(status)).inc()
+        kind = kind_of_error(status)
         if kind:
-            families.errors.labels(*model, kind).inc()
-        families.request_seconds.labels(*model, visit.protocol).observe(
-            visit.clock() - visit.began
-        )
-        for stage, seconds in visit.stages.items():
-            families.stage_seconds.labels(*model, stage).observe(seconds)
+            samples.errors(kind).inc()
+        samples.seconds.observe(seconds)
+        for stage, spent in visit.stages.items():
+            samples.stages(stage).observe(spent)
+        if self._log is not None:
+            log_request(self._log, visit, status, seconds, error)
+        if self._traces is not None:
+            self._traces.record(visit, status, seconds)
+
+    def event(self, what: str, **fields: Any) -> None:
+        """Write a line of the log about no request: a start, a swap, a drain."""
+        if self._log is not None:
+            log_event(self._log, logging.INFO, what, fields)
 
     # ---- models ----
 
@@ -95,11 +136,16 @@ class Meter:
         Args:
           name: of the model.
           version: of the model.
-          artifact: the `Artifact`, for its training histograms; None: no drift.
+          artifact: the `Artifact`, for its training histograms; a `Reference`; None:
+            drift is not measured.
         """
         key = (name, version)
         if key not in self._models:
-            self._models[key] = ModelMeter(self, *key)
+            reference = artifact
+            if artifact is not None and not isinstance(artifact, Reference):
+                reference = reference_of(artifact)
+            self._models[key] = ModelMeter(self, name, version, reference)
+            self._start()
         return self._models[key]
 
     def forget(self, name: str, version: str) -> None:
@@ -114,19 +160,54 @@ class Meter:
 
     def text(self) -> str:
         """Return all metrics, in Prometheus' text format 0.0.4."""
-        return str(self._generate(self._registry).decode())
+        return str(self._generate(_WithoutCreated(self._registry)).decode())
 
     def close(self) -> None:
-        """Write what is still to be written, and let go of threads."""
+        """Let go of the thread, and send the spans that are not yet sent."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._traces is not None:
+            self._traces.close()
+
+    # ---- internals ----
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._count,
+                name="lepton-watch",
+                daemon=True,
+            )
+            self._thread.start()
+
+    def _count(self) -> None:
+        while not self._stop.wait(PERIOD):
+            for tallies in self._tallies().values():
+                tallies.count()
+            self.ledger.settle()
+
+    def _tallies(self) -> dict[tuple[str, str], Tallies]:
+        models = list(self._models.items())
+        return {
+            key: model.tallies for key, model in models if model.tallies is not None
+        }
+
+    def _costs(self) -> Mapping[tuple[str, str], Mapping[str, float]]:
+        return self.ledger.costs(list(self._models))
 
 
 class ModelMeter:
     """What a server measures of one version of a model.
 
+    Attributes:
+      tallies: the rows that are counted for drift; None: training's are not known.
+
     Args:
       meter: of the server.
       name: of the model.
       version: of the model.
+      reference: the rows of training; None: not known.
     """
 
     def __init__(
@@ -134,8 +215,11 @@ class ModelMeter:
         meter: Meter,
         name: str,
         version: str,
+        reference: Reference | None = None,
     ) -> None:
         self._meter = meter
+        self._key = (name, version)
+        self.tallies = None if reference is None else Tallies(reference)
         families = meter._families
         self._rows = families.rows.labels(name, version)
         self._padding = families.padding.labels(name, version)
@@ -165,13 +249,16 @@ class ModelMeter:
           What each request is charged, in the same order.
         """
         real = sum(rows)
+        empty = size - real
         self._rows.inc(real)
-        self._padding.inc(size - real)
+        self._padding.inc(empty)
         self._busy.inc(seconds)
         self._fill.observe(real / size)
         self._batch_rows.observe(real)
         self._batches(size).inc()
-        return share_out(rows, size, seconds, None, self._meter.price)
+        meter = self._meter
+        meter.ledger.add(self._key, real, seconds, seconds * empty / size)
+        return share_out(rows, size, seconds, meter.energy.watts, meter.price)
 
     def queue(self, waiting: int, limit: int | None = None) -> None:
         """Say how many rows wait, and how many may."""
@@ -180,20 +267,28 @@ class ModelMeter:
             self._limit.set(limit)
 
     def rows(self, raw: Any) -> None:
-        """Count rows for drift; nothing of them is kept.
+        """Count raw rows for drift; nothing of them is kept.
 
         Args:
           raw: rows as a request brought them: a list of dicts, a dict of columns, or
-            a dict of the model's input arrays. They are counted later, by another
-            thread, and must not be changed meanwhile.
+            a table of Polars. They are counted within a second, by another thread,
+            and must not be changed meanwhile.
         """
+        if self.tallies is not None:
+            self.tallies.add_rows(raw)
+
+    def arrays(self, inputs: Mapping[str, np.ndarray]) -> None:
+        """Count input arrays for drift, of a model that takes no raw rows.
+
+        Args:
+          inputs: arrays [rows, ...] by name, without padding; see `rows`.
+        """
+        if self.tallies is not None:
+            self.tallies.add_arrays(inputs)
 
 
-# ---- internals ----
-
-
-def _kind_of_error(status: int) -> str:
-    """Return whose fault a status tells of; empty: nobody's."""
+def kind_of_error(status: int) -> str:
+    """Return whose fault a status of HTTP tells of; empty: nobody's."""
     if status < CLIENT_ERROR:
         return ""
     named = {
@@ -204,3 +299,22 @@ def _kind_of_error(status: int) -> str:
     if status in named:
         return named[status]
     return "client" if status < SERVER_ERROR else "server"
+
+
+# ---- internals ----
+
+
+class _WithoutCreated:
+    """The families of a registry, without a time of creation next to each counter."""
+
+    def __init__(self, registry: Any) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Any]:
+        for family in self._registry.collect():
+            family.samples = [
+                sample
+                for sample in family.samples
+                if not sample.name.endswith("_created")
+            ]
+            yield family
