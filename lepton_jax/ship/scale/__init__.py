@@ -2,7 +2,28 @@
 
     deployment = Deployment(name="digits", artifacts=("/models/digits.lepton",), ...)
     text = render("k8s", deployment)          # a manifest; `kserve`, `ray`: the same
-    submit("k8s", deployment, text)           # handed to the cluster's own client
 
-`lepton serve ARTIFACT --on PLACE` passes what stands behind `--on` to these two.
+A command line has all of it by three calls (`lepton serve` does):
+
+    scale.add_options(group)              # --on, --dry-run, --submit, --replicas ...
+    if scale.wanted(options):
+        return scale.start(options, artifacts, arguments)
 """
+
+from lepton_jax.ship.scale.deployment import Deployment
+from lepton_jax.ship.scale.submit import (
+    PLACES,
+    add_options,
+    render,
+    start,
+    wanted,
+)
+
+__all__ = [
+    "PLACES",
+    "Deployment",
+    "add_options",
+    "render",
+    "start",
+    "wanted",
+]
