@@ -24,7 +24,6 @@ A server holds one `Meter`, and tells it of each request and each batch:
 from lepton_jax.ship.watch.charges import Charge, Price
 from lepton_jax.ship.watch.logs import open_log
 from lepton_jax.ship.watch.meter import CONTENT_TYPE, Meter, ModelMeter
-from lepton_jax.ship.watch.reference import Reference
 from lepton_jax.ship.watch.traces import Traces
 from lepton_jax.ship.watch.visit import STAGES, Visit
 
@@ -35,7 +34,6 @@ __all__ = [
     "Meter",
     "ModelMeter",
     "Price",
-    "Reference",
     "Traces",
     "Visit",
     "open_log",

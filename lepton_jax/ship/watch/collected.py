@@ -7,14 +7,16 @@ had does not stay.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from lepton_jax.monitor.energy import EnergyMeter
 from lepton_jax.ship.watch.families import MODEL, PREFIX, core
-from lepton_jax.ship.watch.tallies import Tallies
-from lepton_jax.ship.watch.window import Moved
+
+if TYPE_CHECKING:
+    from lepton_jax.ship.watch.tallies import Tallies
+    from lepton_jax.ship.watch.window import Moved
 
 Model = tuple[str, str]
 

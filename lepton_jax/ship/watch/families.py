@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
-from lepton_jax.data.extras import needs
+from lepton_jax.ship.extras import needs
 
 PREFIX = "lepton_serve_"
 MODEL = ("model", "version")
@@ -33,7 +33,7 @@ def client() -> Any:
     """Return the library `prometheus_client`.
 
     Raises:
-      DataError: it is not installed.
+      MissingExtraError: it is not installed.
     """
     return needs(
         "prometheus_client",

@@ -6,7 +6,8 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,10 +17,11 @@ from lepton_jax.ship.watch.collected import Costs, Devices, Drifts
 from lepton_jax.ship.watch.families import Families, client
 from lepton_jax.ship.watch.ledger import Ledger
 from lepton_jax.ship.watch.logs import log_event, log_request
-from lepton_jax.ship.watch.reference import Reference, reference_of
-from lepton_jax.ship.watch.tallies import Tallies
 from lepton_jax.ship.watch.traces import Traces
 from lepton_jax.ship.watch.visit import Visit, identity
+
+if TYPE_CHECKING:
+    from lepton_jax.ship.watch.tallies import Tallies
 
 # of the text format, as Prometheus and its relatives ask for it
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -45,7 +47,7 @@ class Meter:
       energy: of the machine; None: its own counters, if they can be read.
 
     Raises:
-      DataError: the library `prometheus_client` is not installed.
+      MissingExtraError: the library `prometheus_client` is not installed.
     """
 
     def __init__(
@@ -136,15 +138,13 @@ class Meter:
         Args:
           name: of the model.
           version: of the model.
-          artifact: the `Artifact`, for its training histograms; a `Reference`; None:
-            drift is not measured.
+          artifact: the `Artifact`, for its training histograms; None: drift is not
+            measured.
         """
         key = (name, version)
         if key not in self._models:
-            reference = artifact
-            if artifact is not None and not isinstance(artifact, Reference):
-                reference = reference_of(artifact)
-            self._models[key] = ModelMeter(self, name, version, reference)
+            text = None if artifact is None else artifact.training
+            self._models[key] = ModelMeter(self, name, version, tallies_of(text))
             self._start()
         return self._models[key]
 
@@ -207,7 +207,7 @@ class ModelMeter:
       meter: of the server.
       name: of the model.
       version: of the model.
-      reference: the rows of training; None: not known.
+      tallies: see above.
     """
 
     def __init__(
@@ -215,11 +215,11 @@ class ModelMeter:
         meter: Meter,
         name: str,
         version: str,
-        reference: Reference | None = None,
+        tallies: Tallies | None = None,
     ) -> None:
         self._meter = meter
         self._key = (name, version)
-        self.tallies = None if reference is None else Tallies(reference)
+        self.tallies = tallies
         families = meter._families
         self._rows = families.rows.labels(name, version)
         self._padding = families.padding.labels(name, version)
@@ -299,6 +299,21 @@ def kind_of_error(status: int) -> str:
     if status in named:
         return named[status]
     return "client" if status < SERVER_ERROR else "server"
+
+
+def tallies_of(training: str | None) -> Tallies | None:
+    """Return the tallies of a model; None: there is nothing to compare its rows with.
+
+    Args:
+      training: the JSON of a `Reference`, as an artifact keeps it.
+    """
+    # a server of arrays need not have the library for tables
+    if training is None or find_spec("polars") is None:
+        return None
+    from lepton_jax.ship.watch.reference import Reference
+    from lepton_jax.ship.watch.tallies import Tallies
+
+    return Tallies(Reference.from_json(training))
 
 
 # ---- internals ----

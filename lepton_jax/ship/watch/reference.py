@@ -5,7 +5,7 @@ Two kinds of models, two kinds of rows:
     raw rows     {"age": 39, "job": "clerk"}       a column each: its histogram, its
                                                    missing cells, its words
     arrays       {"image": float32[28, 28]}        what stands for a row: "image.mean"
-                                                   and "image.std", a column each
+    and pictures                                   and "image.std", a column each
 
 Training's are profiled once, when the artifact is made, and lie in it. Steps that fill
 in missing cells or number the words hide what a server wants to see, so raw rows are
@@ -14,6 +14,7 @@ profiled as they are read, before any step.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,10 +24,23 @@ import polars as pl
 
 from lepton_jax.data.prepare.profile import Profile, profile
 from lepton_jax.data.prepare.serving import TRAIN, Serving
+from lepton_jax.errors import CheckpointError
+from lepton_jax.ship.artifact.signature import named_inputs
+from lepton_jax.train.judged import samples_of
 
 # An array with at most this many numbers a row has a column for each of them; a larger
 # one is a picture or a sequence, of which one number says nothing. Assumption.
 MOST_NUMBERS = 64
+
+# Categories of a column that are all remembered. Assumption: of a column with more,
+# new ones are no news.
+MOST_WORDS = 10_000
+# Raw rows of training that are looked at, evenly spaced. Assumption: a million rows
+# hold what there is of categories.
+MOST_ROWS = 1_000_000
+# Samples of training that are looked at, of a model of arrays. Assumption: they place
+# an edge to within a hundredth of the rows.
+SAMPLES = 10_000
 
 MEAN = "mean"
 SPREAD = "std"
@@ -47,67 +61,104 @@ class Reference:
     words: Mapping[str, frozenset[str]] = field(default_factory=dict)
     arrays: bool = False
 
-    @classmethod
-    def of(
-        cls,
-        known: Profile,
-        words: Mapping[str, frozenset[str]] | None = None,
-        arrays: bool = False,
-    ) -> Reference:
-        """Return a reference; a short list of words in the profile is a whole one.
-
-        Args:
-          known: profile of the rows of training.
-          words: all values of columns, where they are known.
-          arrays: whether its columns are summaries of arrays.
-        """
-        whole = {
-            name: frozenset(column.words)
-            for name, column in known.columns.items()
-            if column.kind == "category" and not column.other_words
+    def to_json(self) -> str:
+        """Return the reference as text for `from_json`."""
+        content = {
+            "arrays": self.arrays,
+            "words": {name: sorted(words) for name, words in self.words.items()},
+            "profile": json.loads(self.profile.to_json()),
         }
-        return cls(known, whole | dict(words or {}), arrays)
+        return json.dumps(content, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Reference:
+        """Return the reference that `to_json` wrote.
+
+        Raises:
+          CheckpointError: the text is none.
+        """
+        try:
+            content = json.loads(text)
+            words = {
+                name: frozenset(values) for name, values in content["words"].items()
+            }
+            known = Profile.from_json(json.dumps(content["profile"]))
+            return cls(known, words, bool(content["arrays"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"the training histograms can't be read: {error}",
+                where="artifact",
+                remedy="copy the artifact again, or export it again",
+            ) from error
 
 
-def reference_of(artifact: Any) -> Reference | None:
-    """Return the rows of training that an artifact knows; None: it knows none.
+def training_rows(trainer: Any) -> Reference | None:
+    """Return what the rows looked like that a model was trained on.
 
     Args:
-      artifact: an `Artifact`.
+      trainer: a `Trainer` that has a model.
+
+    Returns:
+      The reference; None: the rows are not at hand any more.
+
+    Raises:
+      DataError: a source can't be read any more.
     """
-    if artifact.profile is None:
+    serving = trainer.preparation
+    if serving is not None and not _has_pictures(serving):
+        return of_raw_rows(serving)
+    if trainer.recipe.train is None:
         return None
-    return Reference.of(artifact.profile, arrays=not artifact.columns)
+    samples = samples_of(trainer.program, trainer.recipe.train, SAMPLES)
+    arrays = {
+        name: np.asarray(leaf) for name, leaf in named_inputs(samples.inputs).items()
+    }
+    return of_arrays(arrays)
 
 
-def raw_profile(serving: Serving) -> Profile | None:
-    """Profile the raw rows of training: the columns that the inputs depend on.
+def of_raw_rows(serving: Serving) -> Reference | None:
+    """Return the reference of raw rows: the columns that the inputs depend on.
 
     Args:
       serving: of a preparation whose sources are still there.
 
     Returns:
-      The profile; None: the sources are not known, as in a folder opened later.
+      The reference; None: the sources are not known, as in a folder opened later.
 
     Raises:
       DataError: a source can't be read any more.
     """
-    rows = serving.prepared.raw_rows(TRAIN)
+    prepared = serving.prepared
+    count = prepared.manifest["splits"][TRAIN]["rows"]
+    numbers = np.arange(0, count, max(1, count // MOST_ROWS))
+    rows = prepared.raw_rows(TRAIN, numbers)
     if rows is None:
         return None
     names = [name for name in rows.columns if name in serving.needed]
-    table = rows.select(names)
-    return profile(lambda: [table])
+    return of_table(rows.select(name for name in names if name not in prepared.targets))
 
 
-def array_profile(inputs: Mapping[str, np.ndarray]) -> Profile:
-    """Profile what stands for the rows of a model's input arrays.
+def of_table(table: pl.DataFrame) -> Reference:
+    """Return the reference of a table of raw rows."""
+    known = profile(lambda: [table])
+    words = {}
+    for name, column in known.columns.items():
+        if column.kind != "category":
+            continue
+        values = table[name].drop_nulls().cast(pl.String).unique()
+        if len(values) <= MOST_WORDS:
+            words[name] = frozenset(values)
+    return Reference(known, words)
+
+
+def of_arrays(inputs: Mapping[str, np.ndarray]) -> Reference:
+    """Return the reference of a model's input arrays.
 
     Args:
       inputs: the arrays of training rows, each [rows, ...], by name.
     """
     table = summaries(inputs)
-    return profile(lambda: [table])
+    return Reference(profile(lambda: [table]), arrays=True)
 
 
 def summaries(inputs: Mapping[str, np.ndarray]) -> pl.DataFrame:
@@ -126,6 +177,16 @@ def summaries(inputs: Mapping[str, np.ndarray]) -> pl.DataFrame:
         if array.dtype.kind in "biuf" and array.ndim:
             columns.update(_summary(name, array))
     return pl.DataFrame(columns)
+
+
+def _has_pictures(serving: Serving) -> bool:
+    """Whether a raw column holds files: their pixels say more than their bytes."""
+    schema = serving.prepared._raw.schema
+    return any(
+        dtype == pl.Binary or dtype.is_nested()
+        for name, dtype in schema.items()
+        if name in serving.needed
+    )
 
 
 def _summary(

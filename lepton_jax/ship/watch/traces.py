@@ -14,7 +14,7 @@ import re
 import time
 from typing import Any
 
-from lepton_jax.data.extras import needs
+from lepton_jax.ship.extras import needs
 from lepton_jax.ship.watch.visit import STAGES, Visit
 
 EXTRA = "otel"
@@ -43,7 +43,7 @@ class Traces:
         environment, in batches, from a thread of its own.
 
     Raises:
-      DataError: OpenTelemetry is not installed.
+      MissingExtraError: OpenTelemetry is not installed.
     """
 
     def __init__(self, provider: Any = None) -> None:
