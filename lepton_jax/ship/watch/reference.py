@@ -197,7 +197,7 @@ def _summary(
     count = flat.shape[1]
     if array.ndim == 1 or count == 1:
         yield name, flat[:, 0]
-    elif count <= MOST_NUMBERS:
+    elif array.ndim == 2 and count <= MOST_NUMBERS:
         for number in range(count):
             yield f"{name}[{number}]", flat[:, number]
     elif count:
