@@ -42,6 +42,10 @@ MOST_ROWS = 1_000_000
 # an edge to within a hundredth of the rows.
 SAMPLES = 10_000
 
+# Numbers beyond are taken for this one: their squares would be too large to add up,
+# and whoever can send a row could stop the counting.
+LARGEST = 1e100
+
 MEAN = "mean"
 SPREAD = "std"
 
@@ -194,6 +198,7 @@ def _summary(
     array: np.ndarray,
 ) -> Iterator[tuple[str, np.ndarray]]:
     flat = array.reshape(len(array), -1).astype(np.float64)
+    flat = flat.clip(-LARGEST, LARGEST)
     count = flat.shape[1]
     if array.ndim == 1 or count == 1:
         yield name, flat[:, 0]

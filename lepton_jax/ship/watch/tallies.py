@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date, datetime
 from threading import Lock
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import polars as pl
 
 from lepton_jax.data.prepare.profile import ColumnProfile
-from lepton_jax.ship.watch.reference import Reference, summaries
+from lepton_jax.ship.watch.reference import LARGEST, Reference, summaries
 from lepton_jax.ship.watch.window import Moved, Window
 
 # Rows and bytes that wait to be counted. Assumptions: a window is filled in a second,
@@ -51,9 +52,16 @@ class Tallies:
         self._count = Lock()
 
     def add_rows(self, raw: Any) -> None:
-        """Put raw rows in line; of a model of arrays they mean nothing."""
-        if not self.reference.arrays:
-            self._add(_rows_of(raw), 0, raw)
+        """Put raw rows in line; those of a model of arrays are its arrays."""
+        if self.reference.arrays:
+            if _are_arrays(raw):
+                self.add_arrays(raw)
+            return
+        rows = _rows_of(raw)
+        if rows and not self._is_known(raw):
+            self.skipped += rows  # tensors that somebody else prepared
+            return
+        self._add(rows, 0, raw)
 
     def add_arrays(self, inputs: Mapping[str, np.ndarray]) -> None:
         """Put input arrays in line; of a model of raw rows they mean nothing."""
@@ -89,6 +97,13 @@ class Tallies:
 
     # ---- internals ----
 
+    def _is_known(self, raw: Any) -> bool:
+        """Whether rows have any column of the reference."""
+        names: Any = raw if isinstance(raw, Mapping) else None
+        if names is None:
+            names = raw.columns if isinstance(raw, pl.DataFrame) else raw[0]
+        return any(name in names for name in self.reference.profile.columns)
+
     def _add(
         self,
         rows: int,
@@ -123,6 +138,12 @@ class Tallies:
         )
 
 
+def _are_arrays(raw: Any) -> bool:
+    if not isinstance(raw, Mapping):
+        return False
+    return all(isinstance(values, np.ndarray) for values in raw.values())
+
+
 def _rows_of(raw: Any) -> int:
     if isinstance(raw, Mapping):
         return max((len(values) for values in raw.values()), default=0)
@@ -145,14 +166,8 @@ def _series(
     column: ColumnProfile,
 ) -> pl.Series:
     """Return cells as their column's kind is counted; what can't be one is missing."""
-    match column.kind:
-        case "category":
-            return pl.Series(name, [_word(value) for value in values], pl.String)
-        case "number":
-            return pl.Series(name, [_number(value) for value in values], pl.Float64)
-        case "text":
-            return pl.Series(name, [_word(value) for value in values], pl.String)
-    return pl.Series(name, values, strict=False)
+    read, dtype = READERS[column.kind]
+    return pl.Series(name, [read(value) for value in values], dtype)
 
 
 def _word(value: Any) -> str | None:
@@ -171,4 +186,42 @@ def _number(value: Any) -> float | None:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return None if math.isnan(number) else number
+    if math.isnan(number):
+        return None
+    return min(max(number, -LARGEST), LARGEST)
+
+
+def _time(value: Any) -> datetime | None:
+    """Return a time without its zone, as columns of times have it."""
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value)
+        except ValueError:
+            return None
+    if isinstance(value, datetime):
+        return value.replace(tzinfo=None)
+    if isinstance(value, date):
+        return datetime(value.year, value.month, value.day)
+    return None
+
+
+def _bytes(value: Any) -> bytes | None:
+    return value if isinstance(value, bytes) else None
+
+
+def _list(value: Any) -> list[int] | None:
+    """Return a list as long as a cell, of which the length alone is counted."""
+    if isinstance(value, list | tuple | np.ndarray):
+        return [0] * np.size(value)
+    return None
+
+
+# How a cell is read, by the kind of its column in a profile.
+READERS: dict[str, tuple[Callable[[Any], Any], Any]] = {
+    "number": (_number, pl.Float64),
+    "category": (_word, pl.String),
+    "text": (_word, pl.String),
+    "time": (_time, pl.Datetime("us")),
+    "bytes": (_bytes, pl.Binary),
+    "list": (_list, pl.List(pl.Int8)),
+}
