@@ -153,7 +153,7 @@ def pod(
     return found
 
 
-def annotations(deployment: Deployment) -> dict[str, str]:
+def pod_annotations(deployment: Deployment) -> dict[str, str]:
     """Return the annotations of a pod: where its metrics are; buckets."""
     found = {
         "prometheus.io/scrape": "true",

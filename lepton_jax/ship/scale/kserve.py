@@ -24,11 +24,11 @@ from lepton_jax.ship.scale.deployment import (
     path_of,
 )
 from lepton_jax.ship.scale.documents import (
-    annotations,
     as_yaml,
     container,
     ending,
     pod,
+    pod_annotations,
     probes,
 )
 
@@ -71,7 +71,7 @@ def _runtime(deployment: Deployment) -> dict[str, Any]:
     server |= probes(deployment) | ending()
     whole = pod(deployment, [server])
     spec = {
-        "annotations": annotations(deployment),
+        "annotations": pod_annotations(deployment),
         "supportedModelFormats": [
             {"name": FORMAT, "version": FORMAT_VERSION, "autoSelect": True}
         ],

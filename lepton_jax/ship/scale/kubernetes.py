@@ -21,11 +21,11 @@ from lepton_jax.ship.scale.deployment import (
     check_seen,
 )
 from lepton_jax.ship.scale.documents import (
-    annotations,
     as_yaml,
     container,
     ending,
     pod,
+    pod_annotations,
     probes,
 )
 
@@ -97,7 +97,7 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
             "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1},
         },
         "template": {
-            "metadata": {"labels": labels, "annotations": annotations(deployment)},
+            "metadata": {"labels": labels, "annotations": pod_annotations(deployment)},
             "spec": pod(deployment, [replica])
             | {"topologySpreadConstraints": [_spread(labels)]},
         },
