@@ -433,7 +433,7 @@ def _predictions(outputs: Mapping[str, np.ndarray]) -> Any:
 def _check_hidden(outputs: Mapping[str, np.ndarray]) -> None:
     """Raise DataError where whole-number predictions hide a NaN of the outputs."""
     hides = False
-    is_nan = False
+    is_nan: Any = False
     for name, leaf in outputs.items():
         is_float = leaf.dtype.kind not in "iub"
         if name.startswith(PREDICTION):

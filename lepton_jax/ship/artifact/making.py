@@ -143,7 +143,8 @@ def _limits(trainer: Any) -> tuple[dict[str, Any], ...]:
 def _notes(trainer: Any, stored: Stored, rows: Any) -> list[str]:
     """Return what could not be had, and why."""
     notes = []
-    if not len(stored) and rows != 0:
+    is_asked = not isinstance(rows, int) or rows > 0
+    if not len(stored) and is_asked:
         notes.append("no rows are stored: the recipe has no data at hand")
     if trainer.preparation is not None and len(stored) and stored.rows is None:
         notes.append("the stored rows are arrays: their raw rows are not at hand")
