@@ -439,8 +439,8 @@ def _check_hidden(outputs: Mapping[str, np.ndarray]) -> None:
         if name.startswith(PREDICTION):
             hides |= not is_float
         elif name.startswith(OUTPUTS) and is_float:
-            flat = leaf.astype(np.float32).reshape(len(leaf), -1)
-            is_nan = is_nan | np.isnan(flat).any(axis=1)
+            others = tuple(range(1, leaf.ndim))
+            is_nan = is_nan | np.isnan(leaf).any(axis=others)
     if not hides or not np.any(is_nan):
         return
     rows = np.flatnonzero(is_nan)
