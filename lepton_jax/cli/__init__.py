@@ -1,4 +1,4 @@
-"""The command line: `lepton launch | plan | control | prepare`.
+"""The command line: `lepton launch | plan | control | prepare | export`.
 
 Each command has a module of its own with a `main(arguments)` that returns the exit
 code. `tools/launch.py`, `tools/plan.py`, `tools/control.py` and `tools/prepare.py` are
@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": "show what a step would cost, on hardware that need not be there",
     "prepare": "make samples of raw files",
     "predict": "predict the rows of files, here or on a Ray cluster",
+    "export": "write a trained model for a runtime, and compare the two",
     "control": "ask a run that is under way for something",
 }
 MISTAKE = 2  # exit code
