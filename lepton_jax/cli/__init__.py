@@ -1,4 +1,4 @@
-"""The command line: `lepton launch | plan | control | prepare | export`.
+"""The command line: `lepton launch | plan | control | prepare | export | serve`.
 
 Each command has a module of its own with a `main(arguments)` that returns the exit
 code. `tools/launch.py`, `tools/plan.py`, `tools/control.py` and `tools/prepare.py` are
@@ -19,6 +19,7 @@ COMMANDS = {
     "prepare": "make samples of raw files",
     "predict": "predict the rows of files, here or on a Ray cluster",
     "export": "write a trained model for a runtime, and compare the two",
+    "serve": "answer requests with trained models, over HTTP",
     "control": "ask a run that is under way for something",
 }
 MISTAKE = 2  # exit code

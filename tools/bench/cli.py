@@ -32,6 +32,7 @@ from tools.bench import (
     prepare,
     regret,
     restart,
+    serve,
     step,
     step_time,
 )
@@ -55,6 +56,7 @@ COMMANDS = (
     embeddings,
     generation,
     peers,
+    serve,
 )
 # Variables that change the figures, and so are part of a command that is recorded.
 ENVIRONMENT = (
