@@ -115,7 +115,7 @@ class Work:
         self.rows = rows
         self.artifact = folder / "model.lepton"
         self.data = folder / "rows"
-        _trained().save(self.artifact)
+        _save_trained(self.artifact)
         self._write()
 
     def start(self, out: str, *more: str) -> subprocess.Popen:
@@ -204,8 +204,8 @@ def files_of(folder: Path) -> dict[str, str]:
     }
 
 
-def _trained() -> lepton.Artifact:
-    """Return the artifact of a small model of four columns."""
+def _save_trained(place: Path) -> None:
+    """Train a small model of four columns, and save its artifact."""
     from lepton_jax.data.prepare import Preparation, Serving, prepare
     from lepton_jax.data.prepare.steps.categories import Classes
     from lepton_jax.data.prepare.steps.model_inputs import AsFloats
@@ -241,7 +241,7 @@ def _trained() -> lepton.Artifact:
         )
         trainer = lepton.Trainer(recipe, devices=1)
         trainer.fit()
-        return lepton.Artifact.of(trainer, rows=20)
+        lepton.Artifact.of(trainer, rows=20).save(place)
 
 
 # ---- a cluster ----

@@ -7,13 +7,14 @@ A command line has all of it by three calls (`lepton serve` does):
 
     scale.add_options(group)              # --on, --dry-run, --submit, --replicas ...
     if scale.wanted(options):
-        return scale.start(options, artifacts, arguments)
+        return scale.start(options, artifacts, scale.inside(words, artifacts))
 """
 
 from lepton_jax.ship.scale.deployment import Deployment
 from lepton_jax.ship.scale.submit import (
     PLACES,
     add_options,
+    inside,
     render,
     start,
     wanted,
@@ -23,6 +24,7 @@ __all__ = [
     "PLACES",
     "Deployment",
     "add_options",
+    "inside",
     "render",
     "start",
     "wanted",

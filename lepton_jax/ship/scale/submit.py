@@ -137,6 +137,23 @@ def wanted(options: argparse.Namespace) -> bool:
     return True
 
 
+def inside(words: Sequence[str], artifacts: Sequence[str]) -> list[str]:
+    """Return the words of a command line that are for each replica.
+
+    Args:
+      words: of the command line.
+      artifacts: those that it names; they are given to replicas by `start`.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_options(parser)
+    parser.add_argument("--host")  # a replica's own are known
+    parser.add_argument("--port")
+    _, rest = parser.parse_known_args(list(words))
+    for artifact in artifacts:
+        rest.remove(artifact)
+    return rest
+
+
 def render(place: str, deployment: Deployment) -> str:
     """Return what starts a server on a cluster, as text.
 
