@@ -36,6 +36,7 @@ from lepton_jax.data.prepare.store import (
     replacing,
     write_json,
 )
+from lepton_jax.data.readers.counted import CountedReader
 from lepton_jax.data.readers.reader import ROW, Piece, Reader
 from lepton_jax.errors import DataError, LeptonError, SettingError
 from lepton_jax.ship.artifact.artifact import Artifact
@@ -504,13 +505,10 @@ def _check_part(job: Job, part: Part) -> int:
         )
     found = pl.read_parquet(path, columns=[NUMBER])[NUMBER].to_numpy()
     first = part.piece.first_row - part.first
-    expected = np.arange(first, first + len(found))
-    following = part.number + 1
-    is_whole = np.array_equal(found, expected)
-    if following < len(job.parts):
-        next_one = job.parts[following]
-        if next_one.first == part.first:
-            is_whole &= len(found) == next_one.piece.first_row - part.piece.first_row
+    rows = _rows_of_part(job, part)
+    if rows is None:
+        rows = len(found)
+    is_whole = np.array_equal(found, np.arange(first, first + rows))
     if not is_whole:
         raise DataError(
             f"{part.name} does not hold its rows, each once",
@@ -518,6 +516,18 @@ def _check_part(job: Job, part: Part) -> int:
             remedy="delete the file and run the same command again",
         )
     return len(found)
+
+
+def _rows_of_part(job: Job, part: Part) -> int | None:
+    """Return how many rows a part must have; None: its reader can't tell."""
+    following = part.number + 1
+    if following < len(job.parts):
+        until = job.parts[following].piece.first_row
+    elif isinstance(job.reader, CountedReader):
+        until = job.reader.count()
+    else:
+        return None
+    return until - part.piece.first_row
 
 
 def _rows_of(path: Path) -> int:
