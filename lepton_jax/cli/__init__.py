@@ -17,6 +17,7 @@ COMMANDS = {
     "launch": "train a recipe, here or on many hosts",
     "plan": "show what a step would cost, on hardware that need not be there",
     "prepare": "make samples of raw files",
+    "predict": "predict the rows of files, here or on a Ray cluster",
     "export": "write a trained model for a runtime, and compare the two",
     "serve": "answer requests with trained models, over HTTP",
     "control": "ask a run that is under way for something",

@@ -7,14 +7,19 @@ import ipaddress
 import logging
 import sys
 import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lepton_jax.cli import settings, trained
+from lepton_jax.cli import settings, trained, watching
 from lepton_jax.errors import LeptonError, SettingError
 from lepton_jax.launch import tokens
 from lepton_jax.launch.options import reader
+from lepton_jax.ship import scale
 from lepton_jax.ship.extras import needs
+from lepton_jax.ship.scale.deployment import path_of
 
 DESCRIPTION = """\
 Serve trained models over HTTP, by the Open Inference Protocol v2, until SIGTERM.
@@ -40,6 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options = _parser().parse_args(arguments)
+        if scale.wanted(options):
+            named = [str(text) for text in options.artifacts]
+            inside = scale.inside(arguments, named)
+            return scale.start(options, named, inside)
         return _serve(options)
     except LeptonError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -59,11 +68,13 @@ def _parser() -> settings.Parser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("artifacts", nargs="+", type=Path, metavar="ARTIFACT")
+    parser.add_argument("artifacts", nargs="+", metavar="[NAME=]ARTIFACT")
     _add_listening(parser)
     _add_batching(parser)
     _add_versions(parser)
     _add_guards(parser)
+    watching.add_options(parser)
+    scale.add_options(parser.add_argument_group("many replicas, on a cluster"))
     return parser
 
 
@@ -196,10 +207,30 @@ def _serve(options: argparse.Namespace) -> int:
     for library in LIBRARIES:
         needs(library, extra="serve", purpose="lepton serve")
     # only here: the libraries may be missing
-    from lepton_jax.ship.serve.serving import Options, end_process, serve
+    from lepton_jax.ship.serve.serving import end_process, serve
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    chosen = Options(
+    chosen = options_of(options)
+    names = dict(_named(text) for text in options.artifacts)
+    try:
+        code = serve(list(names), partial(opened, names), chosen)
+    except LeptonError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = MISTAKE
+    if any(thread.name.startswith(LOADER) for thread in threading.enumerate()):
+        end_process(code)
+    return code
+
+
+def options_of(options: argparse.Namespace) -> Any:
+    """Return how artifacts are served, as a command line says.
+
+    Raises:
+      LeptonError: a mistake that the user can fix.
+    """
+    from lepton_jax.ship.serve.serving import Options
+
+    return Options(
         _listening(options),
         _limits(options),
         _guards(options),
@@ -207,16 +238,23 @@ def _serve(options: argparse.Namespace) -> int:
         options.most_rows,
         _canaries(options.canary),
         _shadows(options.shadow),
+        meter=watching.meter_of(options),
         say=_say,
     )
-    try:
-        code = serve(options.artifacts, trained.artifact_of, chosen)
-    except LeptonError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = MISTAKE
-    if any(thread.name.startswith(LOADER) for thread in threading.enumerate()):
-        end_process(code)
-    return code
+
+
+def opened(names: Mapping[Path, str], place: Path) -> Any:
+    """Return the artifact at a place, under the name that the command line gives it."""
+    artifact = trained.artifact_of(place)
+    if names[place]:
+        artifact.manifest = replace(artifact.manifest, name=names[place])
+    return artifact
+
+
+def _named(text: str) -> tuple[Path, str]:
+    """Return the place of an artifact, and the name before it; "": its own."""
+    path = path_of(text)
+    return Path(path), text.removesuffix(path).removesuffix("=")
 
 
 def _say(text: str) -> None:

@@ -35,6 +35,7 @@ MEASURE = "measure.stablehlo"
 WEIGHTS = "weights.safetensors"
 SERVING = "serving"
 STORED = "stored"
+TRAINING = "training.json"
 ROWS = 200  # stored rows; the count that the parity of an export is judged on
 ROWS_SHOWN = 5  # rows that a message names
 
@@ -53,6 +54,8 @@ class Artifact:
         arrays alone.
       profile: distributions of the training rows after the steps; None: there is none.
       stored: rows with the trainer's outputs on them.
+      training: what the rows of training looked like as they were read, for a server's
+        drift gauges: the JSON of a `ship.watch.reference.Reference`; None: not known.
       folder: where it was opened; None: it was made here.
     """
 
@@ -62,6 +65,7 @@ class Artifact:
         self.serving = parts.serving
         self.profile = parts.profile
         self.stored = parts.stored
+        self.training = parts.training
         self.folder = folder
         self._program = parts.program
         self._measure = parts.measure
@@ -134,6 +138,8 @@ class Artifact:
             if self.serving is not None:
                 self.serving.save(folder / SERVING)
             self.stored.save(folder / STORED)
+            if self.training is not None:
+                (folder / TRAINING).write_text(self.training, encoding="utf-8")
             manifest = replace(self.manifest, files=files.checksums(folder))
             (folder / NAME).write_text(manifest.to_json(), encoding="utf-8")
         return place
@@ -408,6 +414,8 @@ def _read_parts(folder: Path, manifest: Manifest, place: Path) -> making.Parts:
         measure = (folder / MEASURE).read_bytes() if has_metrics else b""
         weights = read_tensors(folder / WEIGHTS)
         stored = Stored.load(folder / STORED)
+        known = folder / TRAINING
+        training = known.read_text(encoding="utf-8") if known.is_file() else None
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"the artifact can't be read: {error}",
@@ -415,7 +423,16 @@ def _read_parts(folder: Path, manifest: Manifest, place: Path) -> making.Parts:
             remedy=f"copy it again, or {files.AGAIN}",
         ) from error
     profile = None if serving is None else serving.profile
-    return making.Parts(manifest, program, measure, weights, serving, profile, stored)
+    return making.Parts(
+        manifest,
+        program,
+        measure,
+        weights,
+        serving,
+        profile,
+        stored,
+        training,
+    )
 
 
 def _predictions(outputs: Mapping[str, np.ndarray]) -> Any:
@@ -433,14 +450,14 @@ def _predictions(outputs: Mapping[str, np.ndarray]) -> Any:
 def _check_hidden(outputs: Mapping[str, np.ndarray]) -> None:
     """Raise DataError where whole-number predictions hide a NaN of the outputs."""
     hides = False
-    is_nan = False
+    is_nan: Any = False
     for name, leaf in outputs.items():
         is_float = leaf.dtype.kind not in "iub"
         if name.startswith(PREDICTION):
             hides |= not is_float
         elif name.startswith(OUTPUTS) and is_float:
-            flat = leaf.astype(np.float32).reshape(len(leaf), -1)
-            is_nan = is_nan | np.isnan(flat).any(axis=1)
+            others = tuple(range(1, leaf.ndim))
+            is_nan = is_nan | np.isnan(leaf).any(axis=others)
     if not hides or not np.any(is_nan):
         return
     rows = np.flatnonzero(is_nan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ class Parts(NamedTuple):
       serving: the way from raw rows to inputs; None: there is none.
       profile: of the training rows after the steps; None: there is none.
       stored: rows with the trainer's outputs.
+      training: what the rows of training looked like, as JSON; None: not known.
     """
 
     manifest: Manifest
@@ -39,6 +41,7 @@ class Parts(NamedTuple):
     serving: Any
     profile: Any
     stored: Stored
+    training: str | None = None
 
 
 def parts_of(trainer: Any, name: str | None, version: str, rows: Any) -> Parts:
@@ -91,6 +94,7 @@ def parts_of(trainer: Any, name: str | None, version: str, rows: Any) -> Parts:
         serving,
         profile,
         stored,
+        _training(trainer),
     )
 
 
@@ -104,6 +108,16 @@ def deserialized(content: bytes) -> export.Exported:
 
 
 # ---- internals ----
+
+
+def _training(trainer: Any) -> str | None:
+    if find_spec("polars") is None:
+        return None
+    # only here: a model of arrays alone does not need the library for tables
+    from lepton_jax.ship.watch.reference import training_rows
+
+    known = training_rows(trainer)
+    return None if known is None else known.to_json()
 
 
 def _labels(serving: Any) -> tuple[Any, ...]:
@@ -143,7 +157,8 @@ def _limits(trainer: Any) -> tuple[dict[str, Any], ...]:
 def _notes(trainer: Any, stored: Stored, rows: Any) -> list[str]:
     """Return what could not be had, and why."""
     notes = []
-    if not len(stored) and rows != 0:
+    is_asked = not isinstance(rows, int) or rows > 0
+    if not len(stored) and is_asked:
         notes.append("no rows are stored: the recipe has no data at hand")
     if trainer.preparation is not None and len(stored) and stored.rows is None:
         notes.append("the stored rows are arrays: their raw rows are not at hand")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax import export
@@ -81,7 +82,7 @@ def odd_weights(source: Source) -> list[str]:
 
 
 def _exported(source: Source, batch: int | None) -> export.Exported:
-    extent = batch
+    extent: Any = batch
     if batch is None:
         (extent,) = export.symbolic_shape("batch")
     inputs = {

@@ -121,8 +121,6 @@ class Answering:
         if request.is_raw:
             rows = raw.columns_to_rows(request, served.artifact)
             inputs = await self._prepared(served, rows, asked)
-        elif served.meter is not None:
-            served.meter.rows(inputs)
         done = await self._run(served, inputs, request, asked)
         return _written(served, request, done, asked)
 
@@ -177,6 +175,8 @@ class Answering:
                 check_ranges(inputs, limits)
             except LeptonError as error:
                 raise raw.refusal_of(error) from error
+        if served.meter is not None:
+            served.meter.arrays(inputs)
         done = await served.batcher.submit(
             inputs,
             request.rows,
