@@ -53,6 +53,7 @@ class Standin:
     compiled_sizes: list = field(default_factory=list)
     limits: tuple = ()
     profile: object = None
+    training: object = None
     serving: object = None
 
     @property
