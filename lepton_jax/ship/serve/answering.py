@@ -186,7 +186,7 @@ class Answering:
         )
         if asked.visit is not None:
             _mark(asked.visit, done)
-        _check_hidden(done.outputs, inputs)
+        _check_hidden(served, done.outputs, inputs)
         if self.models.shadows:
             self.models.shadow(served, inputs, request.rows, done.outputs)
         return done
@@ -275,6 +275,7 @@ def _with_label(
 
 
 def _check_hidden(
+    served: Served,
     outputs: Mapping[str, np.ndarray],
     inputs: Mapping[str, np.ndarray],
 ) -> None:
@@ -282,14 +283,8 @@ def _check_hidden(
 
     The trainer refuses such a prediction, too.
     """
-    hides = any(
-        name.startswith("prediction") and array.dtype.kind in "iub"
-        for name, array in outputs.items()
-    )
-    if not hides:
-        return
-    for name, array in outputs.items():
-        if name.startswith("outputs") and _holds_nan(array):
+    for name in served.signature.hidden:
+        if _holds_nan(outputs[name]):
             message = f"{name} holds NaN, which the prediction would hide"
             raise bad(message) if _any_nan(inputs) else broken(message)
 

@@ -29,6 +29,7 @@ from lepton_jax.ship.serve.datatypes import (
     WITHOUT_JSON,
     from_bytes,
     from_json,
+    is_finite,
     to_bytes,
 )
 from lepton_jax.ship.serve.refusal import bad, broken, unknown
@@ -233,7 +234,7 @@ def finite(array: np.ndarray, name: str, request: Request) -> Any:
     if array.dtype.kind not in "iub":
         if array.dtype.itemsize < NARROWEST:
             array = array.astype(np.float32)
-        if not np.isfinite(array).all():
+        if not is_finite(array):
             raise _not_finite(name, request)
     return np.ascontiguousarray(array)
 
@@ -542,7 +543,7 @@ def _json_data(
     flat = np.ascontiguousarray(array).ravel()
     if tensor.datatype == BYTES:
         return [_text(element, tensor.name) for element in flat]
-    if tensor.datatype in FLOATS and not np.isfinite(flat).all():
+    if tensor.datatype in FLOATS and not is_finite(flat):
         raise _not_finite(tensor.name, request)
     return flat
 
