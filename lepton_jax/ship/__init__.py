@@ -1,0 +1,1 @@
+"""From a trained run to a service, a device and a smaller model."""

@@ -1,0 +1,5 @@
+"""Smaller models."""
+
+from lepton_jax.ship.shrink.quantization import KINDS, aware, quantize
+
+__all__ = ["KINDS", "aware", "quantize"]
