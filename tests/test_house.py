@@ -140,6 +140,7 @@ def test_every_room_has_a_floor_and_they_are_few():
 
 def test_the_public_names_are_these():
     assert sorted(lepton_jax.__all__) == [
+        "Artifact",
         "CheckpointError",
         "CrossValidation",
         "DataError",

@@ -1,1 +1,5 @@
-"""From a trained run to a service, a device and a smaller model."""
+"""From a trained model to what predicts without its code: artifacts and exports."""
+
+from lepton_jax.ship.artifact import Artifact
+
+__all__ = ["Artifact"]
