@@ -450,6 +450,7 @@ class Trainer:
         trainer = Trainer(
             self.recipe.with_(model=module, **changes),
             devices=len(self._devices),
+            source=self._source,
         )
         shapes = None
         if trainer.recipe.train is None:

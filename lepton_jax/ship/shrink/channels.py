@@ -114,9 +114,7 @@ def channels_of(module: nnx.Module, inputs: Any) -> list[Channels]:
     return _collected(labels, dict(zip(paths, weights, strict=True)))
 
 
-def _collected(
-    labels: Labels, weights: Mapping[str, Sequence[Dim]]
-) -> list[Channels]:
+def _collected(labels: Labels, weights: Mapping[str, Sequence[Dim]]) -> list[Channels]:
     places: dict[int, list[Place]] = {}
     for path, dims in weights.items():
         for number, dim in enumerate(dims):
@@ -174,9 +172,7 @@ class Labels:
         return [self.new(size, fixed) for size in shape]
 
     def resolved(self, dim: Dim) -> Dim:
-        """Return a dim's labels as those that stand for them, parts in place of wholes.
-
-        """
+        """Return the labels that stand for a dim's, parts in place of wholes."""
         found: list[int] = []
         for label in dim:
             root = self._root(label)
@@ -371,7 +367,7 @@ class Reader:
         contracted, batched = eqn.params["dimension_numbers"]
         for a, b in (*zip(*contracted, strict=True), *zip(*batched, strict=True)):
             self.labels.unite(left[a], right[b])
-        taken = [set((*c, *b)) for c, b in zip(contracted, batched, strict=True)]
+        taken = [{*c, *b} for c, b in zip(contracted, batched, strict=True)]
         made = [left[at] for at in batched[0]]
         made += [dim for at, dim in enumerate(left) if at not in taken[0]]
         made += [dim for at, dim in enumerate(right) if at not in taken[1]]

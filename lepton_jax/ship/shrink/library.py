@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from types import ModuleType
 
-from lepton_jax.data.extras import needs
+from lepton_jax.ship.extras import needs
 
 
 @functools.cache
@@ -13,6 +13,6 @@ def qwix() -> ModuleType:
     """Return the library qwix.
 
     Raises:
-      DataError: it is not installed.
+      MissingExtraError: it is not installed.
     """
     return needs("qwix", extra="quant", purpose="quantization")

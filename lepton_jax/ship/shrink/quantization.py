@@ -93,7 +93,7 @@ def quantize(
       SettingError: there is no such kind, or a pattern matches nothing.
       ModelError: the model is no NNX module, is quantized already, or can't be called
         in whole numbers.
-      DataError: qwix is not installed.
+      MissingExtraError: qwix is not installed.
     """
     how = kind_of(kind)
     module = plain(nnx_module(trainer))
@@ -128,7 +128,7 @@ def aware(
       **changes: fields of the recipe: a smaller learning rate, for example.
 
     Raises:
-      SettingError, ModelError, DataError: as `quantize`.
+      SettingError, ModelError, MissingExtraError: as `quantize`.
     """
     how = kind_of(kind)
     module = plain(nnx_module(trainer))
