@@ -46,6 +46,7 @@ __all__ = [
     "placed",
     "scan_counts",
     "source_line",
+    "static_text",
     "whole_axes",
     "without_proxies",
 ]
@@ -148,6 +149,8 @@ def _write_as_process_0(*args: Any) -> None:
         distributed.global_state.process_id = own
 
 
+DYNAMIC = "tensor<?"  # type of an array whose first extent is not known yet
+
 _hits = 0
 
 
@@ -163,6 +166,21 @@ def _count_hit(event: str, **_: Any) -> None:
 
 
 jax.monitoring.register_event_listener(_count_hit)
+
+
+def static_text(lowered: Any) -> str:
+    """Return a lowered program as MLIR text without dynamic shapes.
+
+    A program of `jax.export` that is called keeps its symbolic extents until it is
+    compiled, also where the shapes of the arguments are known.
+
+    Args:
+      lowered: of arguments whose shapes are known.
+    """
+    module = lowered.compiler_ir("stablehlo")
+    if DYNAMIC in module.operation.get_asm(large_elements_limit=0):
+        module = mlir.refine_polymorphic_shapes(module)
+    return module.operation.get_asm(large_elements_limit=None)
 
 
 class _Taken(Exception):
