@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": "show what a step would cost, on hardware that need not be there",
     "prepare": "make samples of raw files",
     "export": "write a trained model for a runtime, and compare the two",
+    "shrink": "make a trained model smaller, and keep its metric",
     "control": "ask a run that is under way for something",
 }
 MISTAKE = 2  # exit code

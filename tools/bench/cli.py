@@ -32,6 +32,7 @@ from tools.bench import (
     prepare,
     regret,
     restart,
+    shrink,
     step,
     step_time,
 )
@@ -54,6 +55,7 @@ COMMANDS = (
     data,
     embeddings,
     generation,
+    shrink,
     peers,
 )
 # Variables that change the figures, and so are part of a command that is recorded.

@@ -325,19 +325,15 @@ class Reader:
         return [self.labels.of(x.aval.shape, fixed=True) for x in eqn.outvars]
 
     def _elementwise(self, eqn: Any, dims: list[list[Dim]]) -> list[Dim]:
-        shape = eqn.outvars[0].aval.shape
-        alike = [
-            own
-            for x, own in zip(eqn.invars, dims, strict=True)
-            if x.aval.shape == shape and not isinstance(x, Literal)
-        ]
-        if not alike:
-            return self.labels.of(shape)
-        first, *others = alike
-        for own in others:
-            for a, b in zip(first, own, strict=True):
-                self.labels.unite(a, b)
-        return first
+        """Unite the dims of the operands; one of extent 1 is stretched."""
+        made: list[Dim] = []
+        for at, extent in enumerate(eqn.outvars[0].aval.shape):
+            alike = [own[at] for own in dims if own and own[at]]
+            first = alike[0] if alike else self.labels.new(extent)
+            for other in alike[1:]:
+                self.labels.unite(first, other)
+            made.append(first)
+        return made
 
     def _reduced(self, eqn: Any, dims: list[Dim]) -> list[Dim]:
         axes = eqn.params["axes"]
