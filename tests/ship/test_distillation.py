@@ -6,14 +6,14 @@ import pytest
 
 import lepton_jax as lepton
 from lepton_jax.ship import Artifact, shrink
-from tests.ship import artifacts
+from tests.ship import shrinking
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
 def trained(quick_compilation):
-    return artifacts.numbers()
+    return shrinking.trained()
 
 
 def test_the_loss_is_the_papers():

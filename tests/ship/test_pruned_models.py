@@ -1,7 +1,5 @@
 """Pruning: channels that are really gone, and zeros that stay zeros."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,14 +14,14 @@ from lepton_jax.ship import Artifact, shrink
 from lepton_jax.ship.shrink.calls import called
 from lepton_jax.ship.shrink.channels import channels_of
 from lepton_jax.ship.shrink.cutting import without, zeroed
-from tests.ship import artifacts
+from tests.ship import shrinking
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
 def trained(quick_compilation):
-    return artifacts.numbers()
+    return shrinking.trained()
 
 
 MODELS = {
@@ -121,15 +119,15 @@ def test_half_of_the_channels_are_gone_and_training_brings_the_metric_back(
     trained, tmp_path
 ):
     small = shrink.cut(trained, 0.5, learning_rate=1e-2)
-    assert small.state.params["layers"][0]["kernel"].shape == (12, 8)
+    assert small.state.params["layers"][0]["kernel"].shape == (12, 32)
     module = small.module()
-    assert (module.layers[0].out_features, module.layers[1].in_features) == (8, 8)
+    assert (module.layers[0].out_features, module.layers[1].in_features) == (32, 32)
     before = small.evaluate(trained.recipe.test)[0]
     small.fit(steps=40)
     assert small.evaluate(trained.recipe.test)[0] < before
     Artifact.of(small, rows=10).save(tmp_path / "small.lepton")
     opened = Artifact.open(tmp_path / "small.lepton")
-    assert opened.weights["params/layers/0/kernel"].shape == (12, 8)
+    assert opened.weights["params/layers/0/kernel"].shape == (12, 32)
 
 
 def test_the_channels_that_the_loss_needs_stay():
@@ -185,21 +183,15 @@ def test_a_model_that_knows_its_sizes_is_refused_with_the_groups_named():
 
 
 def fitted(prune, steps=30, **changes):
-    trainer = artifacts.numbers()
-    recipe = trainer.recipe.with_(
-        optimizer=shrink.pruning(optax.adamw, prune),
-        steps=steps,
-        **changes,
+    return shrinking.trained(
+        steps, optimizer=shrink.pruning(optax.adamw, prune), **changes
     )
-    trainer = lepton.Trainer(recipe, devices=1)
-    trainer.fit()
-    return trainer
 
 
 def test_the_share_of_zeros_is_exactly_the_schedules():
     share = shrink.rising(0.75, end=20)
     trainer = fitted(shrink.magnitude(share, every=5))
-    assert shrink.zeros(trainer) == {"layers/0/kernel": 0.75, "layers/1/kernel": 0.75}
+    assert shrink.zeros(trainer) == {f"layers/{at}/kernel": 0.75 for at in range(3)}
     bias = np.asarray(trainer.state.params["layers"][0]["bias"])
     assert (bias != 0).mean() > 0.5
 
@@ -232,16 +224,15 @@ def test_of_each_four_inputs_of_an_output_two_stay(seed, shape):
     assert (smallest_kept >= largest_gone).all()
 
 
-def test_channels_that_were_trained_to_zero_are_cut_without_a_change():
-    trainer = artifacts.numbers()
-    groups = shrink.channels(trainer)
+def test_channels_that_were_trained_to_zero_are_cut_without_a_change(trained):
+    groups = shrink.channels(trained)
     pruned = fitted(shrink.channels_off(groups, 0.5, every=10))
     small = shrink.cut(pruned, 0.5)
     np.testing.assert_allclose(small.evaluate(), pruned.evaluate(), rtol=1e-4)
 
 
 def test_a_saved_run_names_its_pruning(tmp_path):
-    trainer = fitted(partial(shrink.magnitude, 0.5)(), steps=2)
+    trainer = fitted(shrink.magnitude(0.5), steps=2)
     trainer.save(tmp_path / "saved")
     opened = lepton.Trainer.open(tmp_path / "saved")
     test = trainer.recipe.test

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import lepton_jax as lepton
 from lepton_jax.ship import Artifact, shrink
 from lepton_jax.ship.shrink import forms, packed, quantization
-from tests.ship import artifacts
+from tests.ship import shrinking
 
 pytest.importorskip("qwix", reason="needs the extra quant")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture(scope="module")
 def trained(quick_compilation):
-    return artifacts.numbers()
+    return shrinking.trained()
 
 
 def images(trainer):

@@ -9,7 +9,7 @@ import lepton_jax as lepton
 from lepton_jax.cli import main
 from lepton_jax.ship import Artifact, shrink
 from lepton_jax.ship.shrink.search import Candidate, Frontier
-from tests.ship import artifacts
+from tests.ship import shrinking
 
 pytest.importorskip("qwix", reason="needs the extra quant")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -17,9 +17,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture(scope="module")
 def trained(quick_compilation):
-    trainer = artifacts.numbers()
-    trainer.fit(steps=60)
-    return trainer
+    return shrinking.trained(steps=60)
 
 
 def test_the_chosen_model_keeps_the_metric_and_none_smaller_does(trained):

@@ -21,7 +21,7 @@ import numpy as np
 from lepton_jax.errors import ModelError
 from lepton_jax.ship.explain.attribution import Attribution
 from lepton_jax.ship.explain.subject import Subject, chosen, subject_of, targets_of
-from lepton_jax.ship.explain.watching import Step, is_lookup, watched
+from lepton_jax.ship.explain.watching import Step, is_lookup, seeing, watched
 
 METHOD = "integrated_gradients"
 # Points on the line, at first and at most. They are doubled until the shares add up.
@@ -140,17 +140,12 @@ class _Path:
         rows: Mapping[str, np.ndarray],
     ) -> list[tuple[str, int, jax.Array]]:
         """Return (input, its count of dims, looked-up rows) of each look-up."""
-        found: list[tuple[str, int, jax.Array]] = []
-
-        def visit(step: Step) -> None:
-            if is_lookup(step):
-                (name, *_) = sorted(step.origins[1])
-                dims = len(step.eqn.params["dimension_numbers"].offset_dims)
-                value = step.outputs[0]
-                found.append((name, value.ndim - dims, value))
-
         given = {name: jnp.asarray(array) for name, array in rows.items()}
-        watched(self._subject.run, given, visit)
+        found = []
+        for one in seeing(self._subject.run, is_lookup)(given):
+            (name, *_) = sorted(one.origins[1])
+            row_dims = len(one.eqn.params["dimension_numbers"].offset_dims)
+            found.append((name, one.value.ndim - row_dims, one.value))
         return found
 
     def _run(self, point: Mapping[str, jax.Array]) -> jax.Array:

@@ -73,7 +73,7 @@ def write_explanations(trainer: Any, folder: str | Path, rows: int = ROWS) -> Pa
     folder = Path(folder)
     facts = explanations(trainer, rows)
     try:
-        (folder / FILE).write_text(encode(plain(facts)))
+        (folder / FILE).write_bytes(encode(plain(facts)))
     except OSError as error:
         raise LeptonError(
             f"the explanations can't be written: {error.strerror or error}",

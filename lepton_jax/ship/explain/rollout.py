@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lepton_jax.errors import ModelError
 from lepton_jax.ship.explain.subject import subject_of
-from lepton_jax.ship.explain.watching import Step, is_attention, watched
+from lepton_jax.ship.explain.watching import is_attention, seeing
 
 METHOD = "attention_rollout"
 
@@ -62,15 +63,14 @@ def attention_rollout(model: Any, inputs: Any) -> Rollout:
             remedy='explain it by "occlusion", or the trainer that it was made of',
         )
     rows = subject.inputs_of(inputs)
-    found: list[np.ndarray] = []
-
-    def visit(step: Step) -> None:
-        if is_attention(step):
-            weights = np.asarray(step.outputs[0], np.float32)
-            heads = tuple(range(1, weights.ndim - 2))
-            found.append(weights.mean(axis=heads) if heads else weights)
-
-    watched(subject.run, {name: jnp.asarray(x) for name, x in rows.items()}, visit)
+    look = seeing(subject.run, is_attention)
+    # One row at a time: then what lies before the tokens are heads, in whatever order
+    # an attention has them.
+    by_row = [
+        [_over_heads(one.value) for one in look(_row(rows, at))]
+        for at in range(len(next(iter(rows.values()))))
+    ]
+    found = [np.stack(layer) for layer in zip(*by_row, strict=True)]
     if not found or len({weights.shape for weights in found}) > 1:
         raise ModelError(
             "the model has no self-attention that can be seen, of one length",
@@ -79,7 +79,17 @@ def attention_rollout(model: Any, inputs: Any) -> Rollout:
         )
     length = found[0].shape[-1]
     identity = np.eye(length, dtype=np.float32)
-    flow = np.broadcast_to(identity, found[0].shape)
+    flow: np.ndarray = np.broadcast_to(identity, found[0].shape)
     for weights in found:
         flow = (weights + identity) / 2 @ flow
     return Rollout(found, flow)
+
+
+def _row(rows: dict[str, np.ndarray], at: int) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(array[at : at + 1]) for name, array in rows.items()}
+
+
+def _over_heads(weights: jax.Array) -> np.ndarray:
+    """Return the mean over all dims but the last two, (length, length)."""
+    array = np.asarray(weights, np.float32)
+    return array.reshape(-1, *array.shape[-2:]).mean(axis=0)

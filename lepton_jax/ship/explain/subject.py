@@ -116,7 +116,7 @@ def subject_of(model: Any) -> Subject:
     return _of_trainer(model)
 
 
-def chosen(outputs: jax.Array, target: Any) -> jax.Array:
+def chosen(outputs: Any, target: Any) -> jax.Array:
     """Return of each row the output that is explained, (rows,).
 
     Args:
@@ -223,7 +223,7 @@ def _names(serving: Any, shapes: Mapping[str, Any]) -> dict[str, tuple[str, ...]
     names = {}
     for name, own in by_input.items():
         listed = (own,) if isinstance(own, str) else tuple(map(str, own))
-        shape = getattr(shapes.get(name), "shape", ())
+        shape: tuple[int, ...] = getattr(shapes.get(name), "shape", ())
         if len(shape) == 2 and len(listed) == shape[1]:
             names[name] = listed
     return names

@@ -87,6 +87,56 @@ def watched(
     return output.value
 
 
+class Seen(NamedTuple):
+    """A result of an operation that was looked for.
+
+    Attributes:
+      eqn: the operation's equation.
+      origins: names of the inputs of the program that its inputs depend on.
+      value: the result.
+    """
+
+    eqn: Any
+    origins: Sequence[Names]
+    value: jax.Array
+
+
+def seeing(
+    function: Callable[[Mapping[str, Any]], Any],
+    wanted: Callable[[Step], bool],
+) -> Callable[[Mapping[str, Any]], list[Seen]]:
+    """Return a function to the first result of each operation that is wanted.
+
+    It takes the arrays by name. It is compiled with these results as its own, once for
+    each shape of the arrays.
+
+    Args:
+      function: in JAX, of named arrays to an array.
+      wanted: whether an operation's result is.
+    """
+    found: list[tuple[Any, Sequence[Names]]] = []
+
+    @jax.jit
+    def run(given: Mapping[str, Any]) -> list[Any]:
+        values: list[Any] = []
+        found.clear()
+
+        def visit(step: Step) -> None:
+            if wanted(step):
+                found.append((step.eqn, step.origins))
+                values.append(step.outputs[0])
+
+        watched(function, given, visit)
+        return values
+
+    def look(inputs: Mapping[str, Any]) -> list[Seen]:
+        values = run(dict(inputs))
+        pairs = zip(found, values, strict=True)
+        return [Seen(eqn, origins, value) for (eqn, origins), value in pairs]
+
+    return look
+
+
 def is_lookup(step: Step) -> bool:
     """Whether rows of a table of weights were looked up by an input's numbers."""
     if step.name != "gather":
@@ -133,8 +183,8 @@ def _outputs(eqn: Any, inputs: list[Known], visit: Visit) -> list[Known]:
         return _run(inner[0], constants, inputs, visit)
 
     values = [one.value for one in inputs]
-    functions, params = eqn.primitive.get_bind_params(eqn.params)
-    made = eqn.primitive.bind(*functions, *values, **params)
+    params = eqn.primitive.get_bind_params(eqn.params)
+    made = eqn.primitive.bind(*values, **params)
     outputs = list(made) if eqn.primitive.multiple_results else [made]
     name = eqn.primitive.name
     origins = [one.origins for one in inputs]

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from lepton_jax.compat import Literal
@@ -293,9 +294,9 @@ class Reader:
             known[constant] = self.labels.of(constant.aval.shape, fixed=True)
 
         def look_up(x: Any) -> list[Dim]:
-            if isinstance(x, Literal):
-                return self.labels.of(x.aval.shape, fixed=True)
-            return known[x]
+            if not isinstance(x, Literal):
+                return known[x]
+            return self.labels.of(np.shape(x.val), fixed=True)
 
         for eqn in program.eqns:
             dims = [look_up(x) for x in eqn.invars]
@@ -435,8 +436,8 @@ class Reader:
             else:
                 self.labels.fix([table[dim]])
         batch = [at for at in range(len(made)) if at not in numbers.offset_dims]
-        for at, dim in zip(batch, indices, strict=False):
-            made[at] = dim
+        for at, own in zip(batch, indices, strict=False):
+            made[at] = own
         return made
 
     def _where_unchanged(

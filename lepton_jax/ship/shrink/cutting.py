@@ -116,13 +116,13 @@ def importances(
       A vector for each group, of at least 0, larger for the more important.
     """
     train = trainer.recipe.train
-    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    graph, params, *others = nnx.split(module, nnx.Param, ...)
     if not isinstance(train, Arrays):
         squares = jax.tree.map(jnp.square, _by_name(params))
         return {group.name: np.sqrt(_sums(squares, group)) for group in groups}
 
     def loss(params: Any, inputs: Any, targets: Any) -> jax.Array:
-        whole = nnx.merge(graph, params, rest, copy=True)
+        whole = nnx.merge(graph, params, *others, copy=True)
         outputs = called(whole, preprocessed(trainer, inputs))
         total, weight = losses.measure(trainer.recipe, outputs, targets)["loss"]
         return total / weight

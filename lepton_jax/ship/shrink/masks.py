@@ -31,7 +31,7 @@ import numpy as np
 import optax
 
 from lepton_jax.errors import SettingError
-from lepton_jax.ship.shrink.channels import Channels
+from lepton_jax.ship.shrink.channels import Channels, Place
 from lepton_jax.ship.shrink.cutting import mask_of
 from lepton_jax.trees import by_path, path_of
 
@@ -52,11 +52,11 @@ class MaskState(NamedTuple):
     """State of a pruning.
 
     Attributes:
-      count: of updates.
+      updates: how many there were.
       masks: Boolean, in the shapes of the parameters; a scalar where none is pruned.
     """
 
-    count: jax.Array
+    updates: jax.Array
     masks: Any
 
 
@@ -194,7 +194,7 @@ def channels_off(
         _check_params(params)
 
         def fresh() -> Any:
-            return _channel_masks(groups, params, schedule(state.count))
+            return _channel_masks(groups, params, schedule(state.updates))
 
         return _masked(updates, state, params, fresh, every)
 
@@ -253,7 +253,7 @@ def _masking(
         def chosen(path: Any, value: jax.Array) -> jax.Array:
             if value.ndim < LEAST_DIMS:
                 return _all_stay(value)
-            return choose(path_of(path), value, state.count)
+            return choose(path_of(path), value, state.updates)
 
         def fresh() -> Any:
             return jax.tree_util.tree_map_with_path(chosen, params)
@@ -271,14 +271,14 @@ def _masked(
     every: int,
 ) -> tuple[Any, MaskState]:
     """Return updates after which what is pruned is zero, and the state."""
-    is_due = state.count % every == 0
+    is_due = state.updates % every == 0
     masks = jax.lax.cond(is_due, fresh, lambda: state.masks)
 
     def pruned(update: jax.Array, mask: jax.Array, value: jax.Array) -> jax.Array:
         return jnp.where(mask, update, -value.astype(update.dtype))
 
     made = jax.tree.map(pruned, updates, masks, params)
-    return made, MaskState(state.count + 1, masks)
+    return made, MaskState(state.updates + 1, masks)
 
 
 def _all_stay(value: jax.Array) -> jax.Array:
@@ -303,8 +303,8 @@ def _channel_masks(
         gone = jnp.floor(share * group.size).astype(jnp.int32)
         stays = _ranks(_strength(group, weights)) >= gone
         for place in group.places:
-            value = weights.get(place.path)
-            if value is not None and value.ndim >= LEAST_DIMS:
+            value: Any = weights.get(place.path)
+            if _has_channels(value, group, place):
                 own = mask_of(value.shape, place, stays)
                 masks[place.path] = masks[place.path] & own
     leaves = [masks[path] for path in weights]
@@ -315,13 +315,20 @@ def _strength(group: Channels, weights: Any) -> jax.Array:
     total = jnp.zeros(group.size)
     for place in group.places:
         value = weights.get(place.path)
-        if value is None or value.ndim < LEAST_DIMS:
+        if not _has_channels(value, group, place):
             continue
         rows = jnp.moveaxis(value, place.dim, 0)
         parts = rows.reshape(place.outer, group.size, -1)
         norms = jnp.sqrt(jnp.sum(parts**2, axis=(0, 2)))
         total += norms / (jnp.mean(norms) + jnp.finfo(norms.dtype).tiny)
     return total
+
+
+def _has_channels(value: Any, group: Channels, place: Place) -> bool:
+    """Whether a weight has the channels: a trial's, of few entries, has not."""
+    if value is None or value.ndim < LEAST_DIMS:
+        return False
+    return value.shape[place.dim] == place.outer * group.size * place.inner
 
 
 def _check_params(params: Any) -> None:

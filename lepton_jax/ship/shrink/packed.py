@@ -65,9 +65,9 @@ def packed(module: nnx.Module, forms: Mapping[str, Form]) -> Packed:
         for path in kinds:
             node = _at(self.weights, path)
             values[path] = _value(node, forms.get(name_of(path)))
-        plain = nnx.merge(graph, _filled(state, values), copy=True)
-        plain.eval()
-        return plain(*arguments, **named)
+        whole = nnx.merge(graph, _filled(state, values), copy=True)
+        whole.eval()
+        return whole(*arguments, **named)
 
     call.__signature__ = _signature(module)  # type: ignore[attr-defined]
     name = f"Packed{plain_kind(module).__name__}"
@@ -85,7 +85,7 @@ def rounding(module: nnx.Module, forms: Mapping[str, Form]) -> nnx.Module:
       forms: by path of the weight.
     """
     copy = nnx.clone(module)
-    plain = type(module)
+    own_kind = type(module)
 
     def call(self: Any, *arguments: Any, **named: Any) -> Any:
         params = dict(nnx.to_flat_state(nnx.state(self, nnx.Param)))
@@ -99,14 +99,14 @@ def rounding(module: nnx.Module, forms: Mapping[str, Form]) -> nnx.Module:
         for path, variable in own.items():
             variable.set_value(forms[name_of(path)].rounded(before[path]))
         try:
-            return plain.__call__(self, *arguments, **named)
+            return own_kind.__call__(self, *arguments, **named)
         finally:
             for path, variable in own.items():
                 variable.set_value(before[path])
 
     call.__signature__ = _signature(module)  # type: ignore[attr-defined]
     members = {"__call__": call, PLAIN: plain_kind(module)}
-    copy.__class__ = type(plain.__name__, (plain,), members)
+    copy.__class__ = type(own_kind.__name__, (own_kind,), members)
     return copy
 
 
@@ -122,7 +122,7 @@ def plain(module: nnx.Module) -> nnx.Module:
     """Return a copy of a module of its plain class, without what qwix has put in it."""
     copy = nnx.clone(module)
     copy.__class__ = plain_kind(module)
-    for _, node in nnx.iter_graph(copy):
+    for _, node in list(nnx.iter_graph(copy)):
         if not isinstance(node, nnx.Module):
             continue
         for name in ("qwix_path", "qwix_rngs", "disable_quant_stats_update"):

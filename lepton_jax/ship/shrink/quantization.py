@@ -193,8 +193,15 @@ def forms_of(
 
     Raises:
       SettingError: a pattern matches nothing.
+      ModelError: no weight is large enough.
     """
     weights = quantizable(module)
+    if not weights:
+        raise ModelError(
+            f"no weight has {SMALLEST} entries: there is nothing to save",
+            where=type(module).__name__,
+            remedy="leave the model as it is",
+        )
     spared = _matching(spare, weights)
     forms = {}
     for path, shape in weights.items():
@@ -288,10 +295,10 @@ def _rules(
 
 def weights_in_loops(module: nnx.Module, inputs: Any) -> set[str]:
     """Return the paths of the weights that a loop of the model's program reads."""
-    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    graph, params, *others = nnx.split(module, nnx.Param, ...)
 
     def call(params: Any, inputs: Any) -> Any:
-        return called(nnx.merge(graph, params, rest, copy=True), inputs)
+        return called(nnx.merge(graph, params, *others, copy=True), inputs)
 
     program = jax.make_jaxpr(call)(params, inputs).jaxpr
     names = [name_of(path) for path, _ in nnx.to_flat_state(params)]

@@ -14,7 +14,7 @@ two that differ by less than 2 % the quicker one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -412,7 +412,7 @@ class Probe:
             return jax.device_put(plain_value, value.sharding)
 
         params = jax.tree_util.tree_map_with_path(rounded, params)
-        self._trainer.state = self._state._replace(params=params)
+        self._trainer.state = replace(self._state, params=params)
 
 
 def _cheapest(kept: list[tuple[Candidate, Any]]) -> tuple[Candidate, Any]:
