@@ -88,5 +88,8 @@ def _importances(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _image(address: str, words: str) -> str:
+def _image(
+    address: str,
+    words: str,
+) -> str:
     return f'<img src="{escape(address)}" alt="{escape(words)}">'

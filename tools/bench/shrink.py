@@ -39,7 +39,10 @@ STUDENT_EPOCHS = 2.0
 SHARE = 0.5  # of the channels that are cut
 
 
-def add(commands: Any, shared: argparse.ArgumentParser) -> None:
+def add(
+    commands: Any,
+    shared: argparse.ArgumentParser,
+) -> None:
     """Add `shrink` to the subcommands."""
     parser = checks.add_command(
         commands,
@@ -88,7 +91,10 @@ class Models:
         self._data = data
         self._trained: dict[str, lepton.Trainer] = {}
 
-    def get(self, name: str) -> lepton.Trainer:
+    def get(
+        self,
+        name: str,
+    ) -> lepton.Trainer:
         """Return a trained model by its name."""
         if name not in self._trained:
             recipe = getattr(self, f"_{name}")()
@@ -120,7 +126,10 @@ class Models:
         )
 
 
-def quantized(models: Models, name: str) -> dict[str, Any]:
+def quantized(
+    models: Models,
+    name: str,
+) -> dict[str, Any]:
     """Quantize a model in each way."""
     trainer = models.get(name)
     whole = measured(trainer)

@@ -52,7 +52,11 @@ class Attribution:
             "columns": {name: list(own) for name, own in self.names.items()},
         }
 
-    def ranked(self, row: int, most: int = 10) -> list[tuple[str, float]]:
+    def ranked(
+        self,
+        row: int,
+        most: int = 10,
+    ) -> list[tuple[str, float]]:
         """Return the entries with the largest shares of a row, named.
 
         Args:

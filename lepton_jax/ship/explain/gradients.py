@@ -122,7 +122,10 @@ class _Path:
         self.begin = np.asarray(self._value(self._first))
         self.end = np.asarray(self._value(self._last))
 
-    def integrated(self, steps: int) -> tuple[dict[str, np.ndarray], int]:
+    def integrated(
+        self,
+        steps: int,
+    ) -> tuple[dict[str, np.ndarray], int]:
         """Return the shares by input, and the points it took."""
         while True:
             values = self._by_input(self._means(steps))
@@ -148,7 +151,10 @@ class _Path:
             found.append((name, one.value.ndim - row_dims, one.value))
         return found
 
-    def _run(self, point: Mapping[str, jax.Array]) -> jax.Array:
+    def _run(
+        self,
+        point: Mapping[str, jax.Array],
+    ) -> jax.Array:
         """Return the outputs at a point of the line, (rows,)."""
         numbers = {name: x for name, x in point.items() if name not in self._origins}
         count = 0
@@ -163,7 +169,10 @@ class _Path:
         outputs = watched(self._subject.run, numbers | self._ids, visit)
         return chosen(outputs, self._target)
 
-    def _means(self, steps: int) -> dict[str, jax.Array]:
+    def _means(
+        self,
+        steps: int,
+    ) -> dict[str, jax.Array]:
         """Return the mean slope along the line, by the rule of Gauss and Legendre."""
         nodes, weights = np.polynomial.legendre.leggauss(steps)
         total = jax.tree.map(jnp.zeros_like, self._last)
@@ -176,13 +185,22 @@ class _Path:
             )
         return total
 
-    def _between(self, share: float) -> dict[str, jax.Array]:
-        def point(first: jax.Array, last: jax.Array) -> jax.Array:
+    def _between(
+        self,
+        share: float,
+    ) -> dict[str, jax.Array]:
+        def point(
+            first: jax.Array,
+            last: jax.Array,
+        ) -> jax.Array:
             return first + share * (last - first)
 
         return jax.tree.map(point, self._first, self._last)
 
-    def _by_input(self, slopes: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    def _by_input(
+        self,
+        slopes: Mapping[str, jax.Array],
+    ) -> dict[str, np.ndarray]:
         values: dict[str, np.ndarray] = {}
         for key, slope in slopes.items():
             share = np.asarray((self._last[key] - self._first[key]) * slope)

@@ -97,7 +97,10 @@ def nearest_examples(
     )
 
 
-def features(subject: Subject, inputs: dict[str, np.ndarray]) -> np.ndarray:
+def features(
+    subject: Subject,
+    inputs: dict[str, np.ndarray],
+) -> np.ndarray:
     """Return what the last product of a model is taken of, (rows, features).
 
     Where there is none to be seen, it is the outputs.

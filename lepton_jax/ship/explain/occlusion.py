@@ -88,7 +88,10 @@ def occlusion(
     )
 
 
-def parts_of(shape: tuple[int, ...], patch: int | None = None) -> Iterator[Part]:
+def parts_of(
+    shape: tuple[int, ...],
+    patch: int | None = None,
+) -> Iterator[Part]:
     """Yield indices of the parts of a row that are hidden, one after the other.
 
     >>> len(list(parts_of((28, 28, 1)))), list(parts_of((2,)))
@@ -104,7 +107,10 @@ def parts_of(shape: tuple[int, ...], patch: int | None = None) -> Iterator[Part]
             yield slice(top, top + size), slice(left, left + size)
 
 
-def _nothing(subject: Subject, rows: dict[str, np.ndarray]) -> np.ndarray:
+def _nothing(
+    subject: Subject,
+    rows: dict[str, np.ndarray],
+) -> np.ndarray:
     empty = {
         name: np.broadcast_to(subject.baseline(name), array.shape)
         for name, array in rows.items()

@@ -87,7 +87,11 @@ def permutation_importance(
 Place = tuple[str, int | None]  # (input, column of it; None: it is a vector)
 
 
-def _samples(trainer: Any, data: Any, seed: int) -> Arrays:
+def _samples(
+    trainer: Any,
+    data: Any,
+    seed: int,
+) -> Arrays:
     samples = trainer.recipe.test if data is None else data
     if isinstance(samples, tuple):
         samples = Arrays(*samples)
@@ -128,7 +132,11 @@ def _columns(
             yield (known[at] if known else f"{name}[{at}]"), (name, at)
 
 
-def _mixed(samples: Arrays, place: Place, draw: np.random.Generator) -> Arrays:
+def _mixed(
+    samples: Arrays,
+    place: Place,
+    draw: np.random.Generator,
+) -> Arrays:
     """Return samples with one column in another order."""
     name, at = place
     inputs = dict(_inputs(samples))

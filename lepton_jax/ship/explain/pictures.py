@@ -33,7 +33,10 @@ FAINT = 0.35  # share of the picture that shines through; assumption
 BRIGHTEST = 99.0  # percentile of the shares that has the full colour; assumption
 
 
-def heat_map(picture: np.ndarray, shares: np.ndarray) -> np.ndarray:
+def heat_map(
+    picture: np.ndarray,
+    shares: np.ndarray,
+) -> np.ndarray:
     """Return shares over a faint picture, uint8 (height, width, 3).
 
     Red entries speak for the output, blue ones against it.
@@ -53,7 +56,11 @@ def heat_map(picture: np.ndarray, shares: np.ndarray) -> np.ndarray:
     return mixed.round().astype(np.uint8)
 
 
-def write_explanations(trainer: Any, folder: str | Path, rows: int = ROWS) -> Path:
+def write_explanations(
+    trainer: Any,
+    folder: str | Path,
+    rows: int = ROWS,
+) -> Path:
     """Explain test rows in a run's report, and return its path.
 
     Pictures get a map of what speaks for their prediction, with the training pictures
@@ -83,7 +90,10 @@ def write_explanations(trainer: Any, folder: str | Path, rows: int = ROWS) -> Pa
     return write_report(folder)
 
 
-def explanations(trainer: Any, rows: int = ROWS) -> dict[str, Any]:
+def explanations(
+    trainer: Any,
+    rows: int = ROWS,
+) -> dict[str, Any]:
     """Return what a report shows of explanations, as plain data."""
     test = trainer.recipe.test
     if not isinstance(test, Arrays):
@@ -149,7 +159,11 @@ def _importances(trainer: Any) -> list[dict[str, Any]]:
     return [one._asdict() for one in found[:COLUMNS]]
 
 
-def _examples(trainer: Any, inputs: Any, picture: str) -> list[list[str]]:
+def _examples(
+    trainer: Any,
+    inputs: Any,
+    picture: str,
+) -> list[list[str]]:
     """Return the nearest training pictures of each row, as addresses."""
     train = trainer.recipe.train
     if not isinstance(train, Arrays):
@@ -167,6 +181,9 @@ def _address(picture: np.ndarray) -> str:
     return png.address(png.encode(png.as_pixels(picture)))
 
 
-def _flat(picture: np.ndarray, over: Any) -> np.ndarray:
+def _flat(
+    picture: np.ndarray,
+    over: Any,
+) -> np.ndarray:
     array = np.asarray(picture, np.float64)
     return over(array, axis=2) if array.ndim == 3 else array

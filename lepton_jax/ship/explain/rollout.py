@@ -44,7 +44,10 @@ class Rollout:
         return {"method": METHOD, "tokens": self.tokens.tolist()}
 
 
-def attention_rollout(model: Any, inputs: Any) -> Rollout:
+def attention_rollout(
+    model: Any,
+    inputs: Any,
+) -> Rollout:
     """Return the flow of attention through a model's layers.
 
     Args:
@@ -85,7 +88,10 @@ def attention_rollout(model: Any, inputs: Any) -> Rollout:
     return Rollout(found, flow)
 
 
-def _row(rows: dict[str, np.ndarray], at: int) -> dict[str, jax.Array]:
+def _row(
+    rows: dict[str, np.ndarray],
+    at: int,
+) -> dict[str, jax.Array]:
     return {name: jnp.asarray(array[at : at + 1]) for name, array in rows.items()}
 
 

@@ -41,7 +41,10 @@ class Subject(NamedTuple):
     prepare: Callable[[Any], dict[str, np.ndarray]] | None
     names: dict[str, tuple[str, ...]]
 
-    def inputs_of(self, data: Any) -> dict[str, np.ndarray]:
+    def inputs_of(
+        self,
+        data: Any,
+    ) -> dict[str, np.ndarray]:
         """Return rows as inputs by name.
 
         Args:
@@ -66,7 +69,11 @@ class Subject(NamedTuple):
             )
         return {name: self._checked(name, given[name]) for name in names}
 
-    def _checked(self, name: str, given: Any) -> np.ndarray:
+    def _checked(
+        self,
+        name: str,
+        given: Any,
+    ) -> np.ndarray:
         array = np.asarray(given)
         wanted = self.shapes[name].shape[1:]
         if array.shape[1:] != tuple(wanted) or array.ndim == 0:
@@ -78,11 +85,17 @@ class Subject(NamedTuple):
             )
         return array.astype(self.shapes[name].dtype)
 
-    def outputs(self, inputs: Named) -> np.ndarray:
+    def outputs(
+        self,
+        inputs: Named,
+    ) -> np.ndarray:
         """Return the model's outputs of rows."""
         return np.asarray(self.run({k: jnp.asarray(x) for k, x in inputs.items()}))
 
-    def baseline(self, name: str) -> np.ndarray:
+    def baseline(
+        self,
+        name: str,
+    ) -> np.ndarray:
         """Return the row of an input that stands for nothing there.
 
         That is black for a picture, the mean of known rows for numbers, and 0 for whole
@@ -116,7 +129,10 @@ def subject_of(model: Any) -> Subject:
     return _of_trainer(model)
 
 
-def chosen(outputs: Any, target: Any) -> jax.Array:
+def chosen(
+    outputs: Any,
+    target: Any,
+) -> jax.Array:
     """Return of each row the output that is explained, (rows,).
 
     Args:
@@ -128,7 +144,10 @@ def chosen(outputs: Any, target: Any) -> jax.Array:
     return picked[:, 0]
 
 
-def targets_of(outputs: np.ndarray, target: Any) -> np.ndarray:
+def targets_of(
+    outputs: np.ndarray,
+    target: Any,
+) -> np.ndarray:
     """Return which output of each row is explained.
 
     Args:
@@ -214,7 +233,10 @@ def _of_artifact(artifact: Any) -> Subject:
     )
 
 
-def _names(serving: Any, shapes: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+def _names(
+    serving: Any,
+    shapes: Mapping[str, Any],
+) -> dict[str, tuple[str, ...]]:
     """Return the names of the columns that lie side by side in an input."""
     columns = getattr(serving, "inputs", None)
     if columns is None:

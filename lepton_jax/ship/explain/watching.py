@@ -176,7 +176,11 @@ def _run(
     return [look_up(x) for x in program.outvars]
 
 
-def _outputs(eqn: Any, inputs: list[Known], visit: Visit) -> list[Known]:
+def _outputs(
+    eqn: Any,
+    inputs: list[Known],
+    visit: Visit,
+) -> list[Known]:
     inner = called_jaxpr(eqn)
     if inner is not None and len(inner[0].invars) == len(inputs):
         constants = [Known(constant) for constant in inner[1]]

@@ -89,7 +89,10 @@ class Channels:
     places: tuple[Place, ...]
 
 
-def channels_of(module: nnx.Module, inputs: Any) -> list[Channels]:
+def channels_of(
+    module: nnx.Module,
+    inputs: Any,
+) -> list[Channels]:
     """Return the channels of a module that can be cut, in the order of its weights.
 
     Args:
@@ -99,7 +102,10 @@ def channels_of(module: nnx.Module, inputs: Any) -> list[Channels]:
     graph, state = nnx.split(module)
     paths = [name_of(path) for path, _ in nnx.to_flat_state(state)]
 
-    def call(state: Any, inputs: Any) -> Any:
+    def call(
+        state: Any,
+        inputs: Any,
+    ) -> Any:
         return called(nnx.merge(graph, state, copy=True), inputs)
 
     program = jax.make_jaxpr(call)(state, inputs).jaxpr
@@ -115,7 +121,10 @@ def channels_of(module: nnx.Module, inputs: Any) -> list[Channels]:
     return _collected(labels, dict(zip(paths, weights, strict=True)))
 
 
-def _collected(labels: Labels, weights: Mapping[str, Sequence[Dim]]) -> list[Channels]:
+def _collected(
+    labels: Labels,
+    weights: Mapping[str, Sequence[Dim]],
+) -> list[Channels]:
     places: dict[int, list[Place]] = {}
     for path, dims in weights.items():
         for number, dim in enumerate(dims):
@@ -157,7 +166,11 @@ class Labels:
         self._same: list[int] = []
         self._parts: dict[int, Dim] = {}
 
-    def new(self, size: int, fixed: bool = False) -> Dim:
+    def new(
+        self,
+        size: int,
+        fixed: bool = False,
+    ) -> Dim:
         """Return a dim with a label of its own; one of extent 1 has none."""
         if size == 1:
             return ()
@@ -168,7 +181,11 @@ class Labels:
             self.fixed.add(label)
         return (label,)
 
-    def of(self, shape: Iterable[int], fixed: bool = False) -> list[Dim]:
+    def of(
+        self,
+        shape: Iterable[int],
+        fixed: bool = False,
+    ) -> list[Dim]:
         """Return dims of a shape with labels of their own."""
         return [self.new(size, fixed) for size in shape]
 
@@ -181,12 +198,19 @@ class Labels:
             found += (root,) if parts is None else self.resolved(parts)
         return tuple(found)
 
-    def fix(self, dims: Iterable[Dim]) -> None:
+    def fix(
+        self,
+        dims: Iterable[Dim],
+    ) -> None:
         """Say that dims can't be cut."""
         for dim in dims:
             self.fixed.update(self.resolved(dim))
 
-    def unite(self, one: Dim, other: Dim) -> None:
+    def unite(
+        self,
+        one: Dim,
+        other: Dim,
+    ) -> None:
         """Say that two dims of the same extent are the same one."""
         left = list(self.resolved(one))
         right = list(self.resolved(other))
@@ -224,7 +248,11 @@ class Labels:
         self._parts[label] = first + second
         return first[0], second[0]
 
-    def _join(self, a: int, b: int) -> None:
+    def _join(
+        self,
+        a: int,
+        b: int,
+    ) -> None:
         a = self._root(a)
         b = self._root(b)
         if a == b:
@@ -238,7 +266,11 @@ class Labels:
             label = self._same[label]
         return label
 
-    def reshaped(self, dims: Sequence[Dim], shape: Sequence[int]) -> list[Dim]:
+    def reshaped(
+        self,
+        dims: Sequence[Dim],
+        shape: Sequence[int],
+    ) -> list[Dim]:
         """Return the dims of a value after a reshape."""
         left = [label for dim in dims for label in self.resolved(dim)]
         made = []
@@ -304,7 +336,11 @@ class Reader:
             known.update(zip(eqn.outvars, made, strict=True))
         return [look_up(x) for x in program.outvars]
 
-    def _followed(self, eqn: Any, dims: list[list[Dim]]) -> list[list[Dim]]:
+    def _followed(
+        self,
+        eqn: Any,
+        dims: list[list[Dim]],
+    ) -> list[list[Dim]]:
         name = eqn.primitive.name
         inner = called_jaxpr(eqn)
         if inner is not None and len(inner[0].invars) == len(dims):
@@ -320,12 +356,20 @@ class Reader:
             return [self._windowed(eqn, dims[0]) for _ in eqn.outvars]
         return self._unknown(eqn, dims)
 
-    def _unknown(self, eqn: Any, dims: list[list[Dim]]) -> list[list[Dim]]:
+    def _unknown(
+        self,
+        eqn: Any,
+        dims: list[list[Dim]],
+    ) -> list[list[Dim]]:
         for own in dims:
             self.labels.fix(own)
         return [self.labels.of(x.aval.shape, fixed=True) for x in eqn.outvars]
 
-    def _elementwise(self, eqn: Any, dims: list[list[Dim]]) -> list[Dim]:
+    def _elementwise(
+        self,
+        eqn: Any,
+        dims: list[list[Dim]],
+    ) -> list[Dim]:
         """Unite the dims of the operands; one of extent 1 is stretched."""
         made: list[Dim] = []
         for at, extent in enumerate(eqn.outvars[0].aval.shape):
@@ -336,12 +380,20 @@ class Reader:
             made.append(first)
         return made
 
-    def _reduced(self, eqn: Any, dims: list[Dim]) -> list[Dim]:
+    def _reduced(
+        self,
+        eqn: Any,
+        dims: list[Dim],
+    ) -> list[Dim]:
         axes = eqn.params["axes"]
         self.labels.fix(dims[axis] for axis in axes)
         return [dim for axis, dim in enumerate(dims) if axis not in axes]
 
-    def _broadcast_in_dim(self, eqn: Any, dims: list[list[Dim]]) -> list[Dim]:
+    def _broadcast_in_dim(
+        self,
+        eqn: Any,
+        dims: list[list[Dim]],
+    ) -> list[Dim]:
         made = self.labels.of(eqn.params["shape"])
         places = zip(eqn.params["broadcast_dimensions"], dims[0], strict=True)
         for at, dim in places:
@@ -349,17 +401,33 @@ class Reader:
                 made[at] = dim
         return made
 
-    def _reshape(self, eqn: Any, dims: list[list[Dim]]) -> list[Dim]:
+    def _reshape(
+        self,
+        eqn: Any,
+        dims: list[list[Dim]],
+    ) -> list[Dim]:
         return self.labels.reshaped(dims[0], eqn.outvars[0].aval.shape)
 
-    def _squeeze(self, eqn: Any, dims: list[list[Dim]]) -> list[Dim]:
+    def _squeeze(
+        self,
+        eqn: Any,
+        dims: list[list[Dim]],
+    ) -> list[Dim]:
         gone = eqn.params["dimensions"]
         return [dim for at, dim in enumerate(dims[0]) if at not in gone]
 
-    def _transpose(self, eqn: Any, dims: list[list[Dim]]) -> list[Dim]:
+    def _transpose(
+        self,
+        eqn: Any,
+        dims: list[list[Dim]],
+    ) -> list[Dim]:
         return [dims[0][at] for at in eqn.params["permutation"]]
 
-    def _dot_general(self, eqn: Any, dims: list[list[Dim]]) -> list[Dim]:
+    def _dot_general(
+        self,
+        eqn: Any,
+        dims: list[list[Dim]],
+    ) -> list[Dim]:
         left, right = dims[:2]
         contracted, batched = eqn.params["dimension_numbers"]
         for a, b in (*zip(*contracted, strict=True), *zip(*batched, strict=True)):
@@ -370,7 +438,11 @@ class Reader:
         made += [dim for at, dim in enumerate(right) if at not in taken[1]]
         return made
 
-    def _conv_general_dilated(self, eqn: Any, dims: list[list[Dim]]) -> list[Dim]:
+    def _conv_general_dilated(
+        self,
+        eqn: Any,
+        dims: list[list[Dim]],
+    ) -> list[Dim]:
         left, right = dims
         shape = eqn.outvars[0].aval.shape
         numbers = eqn.params["dimension_numbers"]
@@ -387,25 +459,45 @@ class Reader:
         made[numbers.out_spec[1]] = right[outputs]
         return made
 
-    def _windowed(self, eqn: Any, dims: list[Dim]) -> list[Dim]:
+    def _windowed(
+        self,
+        eqn: Any,
+        dims: list[Dim],
+    ) -> list[Dim]:
         """Follow a pooling: dims that its window does not reach over stay."""
         return self._where_unchanged(eqn, dims, eqn.params["window_dimensions"], 1)
 
-    def _slice(self, eqn: Any, dims: list[list[Dim]]) -> list[Dim]:
+    def _slice(
+        self,
+        eqn: Any,
+        dims: list[list[Dim]],
+    ) -> list[Dim]:
         shape = eqn.outvars[0].aval.shape
         before = eqn.invars[0].aval.shape
         changed = [int(a != b) for a, b in zip(before, shape, strict=True)]
         return self._where_unchanged(eqn, dims[0], changed, 0)
 
-    def _pad(self, eqn: Any, dims: list[list[Dim]]) -> list[Dim]:
+    def _pad(
+        self,
+        eqn: Any,
+        dims: list[list[Dim]],
+    ) -> list[Dim]:
         padding = [int(any(own)) for own in eqn.params["padding_config"]]
         return self._where_unchanged(eqn, dims[0], padding, 0)
 
-    def _rev(self, eqn: Any, dims: list[list[Dim]]) -> list[Dim]:
+    def _rev(
+        self,
+        eqn: Any,
+        dims: list[list[Dim]],
+    ) -> list[Dim]:
         changed = [int(at in eqn.params["dimensions"]) for at in range(len(dims[0]))]
         return self._where_unchanged(eqn, dims[0], changed, 0)
 
-    def _concatenate(self, eqn: Any, dims: list[list[Dim]]) -> list[Dim]:
+    def _concatenate(
+        self,
+        eqn: Any,
+        dims: list[list[Dim]],
+    ) -> list[Dim]:
         joined = eqn.params["dimension"]
         first, *others = dims
         for own in others:
@@ -417,7 +509,11 @@ class Reader:
         made[joined] = self.labels.new(eqn.outvars[0].aval.shape[joined], fixed=True)
         return made
 
-    def _gather(self, eqn: Any, dims: list[list[Dim]]) -> list[Dim]:
+    def _gather(
+        self,
+        eqn: Any,
+        dims: list[list[Dim]],
+    ) -> list[Dim]:
         """Follow a look-up: whole rows of a table keep their dims."""
         table, indices = dims
         numbers = eqn.params["dimension_numbers"]

@@ -121,7 +121,11 @@ def importances(
         squares = jax.tree.map(jnp.square, _by_name(params))
         return {group.name: np.sqrt(_sums(squares, group)) for group in groups}
 
-    def loss(params: Any, inputs: Any, targets: Any) -> jax.Array:
+    def loss(
+        params: Any,
+        inputs: Any,
+        targets: Any,
+    ) -> jax.Array:
         whole = nnx.merge(graph, params, *others, copy=True)
         outputs = called(whole, preprocessed(trainer, inputs))
         total, weight = losses.measure(trainer.recipe, outputs, targets)["loss"]
@@ -218,7 +222,11 @@ def check_cut(
             )
 
 
-def mask_of(shape: Sequence[int], place: Place, stays: jax.Array) -> jax.Array:
+def mask_of(
+    shape: Sequence[int],
+    place: Place,
+    stays: jax.Array,
+) -> jax.Array:
     """Return a mask of channels, to multiply a weight of a shape with.
 
     Args:
@@ -233,7 +241,10 @@ def mask_of(shape: Sequence[int], place: Place, stays: jax.Array) -> jax.Array:
     return along.reshape(dims)
 
 
-def variable_at(module: Any, path: Sequence[Any]) -> Any:
+def variable_at(
+    module: Any,
+    path: Sequence[Any],
+) -> Any:
     """Return the variable at a path of a module."""
     node = module
     for key in path:
@@ -285,7 +296,10 @@ def _by_name(params: Any) -> dict[str, jax.Array]:
     return {name_of(path): variable.get_value() for path, variable in flat}
 
 
-def _sums(arrays: Mapping[str, Any], group: Channels) -> np.ndarray:
+def _sums(
+    arrays: Mapping[str, Any],
+    group: Channels,
+) -> np.ndarray:
     """Return the sum over each channel's entries, (channels,)."""
     total = np.zeros(group.size)
     for place in group.places:

@@ -165,11 +165,19 @@ def _of_target(metric: Any) -> Any:
     return partial(_on_target, metric=metric)
 
 
-def _on_target(outputs: Any, targets: Any, *, metric: Callable[..., Any]) -> Any:
+def _on_target(
+    outputs: Any,
+    targets: Any,
+    *,
+    metric: Callable[..., Any],
+) -> Any:
     return metric(outputs, targets[TARGET])
 
 
-def _with_answers(data: Arrays, ask: Callable[[Any], Any]) -> Arrays:
+def _with_answers(
+    data: Arrays,
+    ask: Callable[[Any], Any],
+) -> Arrays:
     answers = ask(data.inputs)
     if not hasattr(answers, "shape") or len(answers) != len(data):
         raise ModelError(
@@ -189,7 +197,10 @@ def _asking(teacher: Any) -> Callable[[Any], Any]:
     return partial(_in_parts, teacher)
 
 
-def _of_artifact(artifact: Any, inputs: Any) -> Any:
+def _of_artifact(
+    artifact: Any,
+    inputs: Any,
+) -> Any:
     outputs = artifact.run(inputs)
     if "outputs" not in outputs:
         names = ", ".join(outputs)
@@ -201,7 +212,10 @@ def _of_artifact(artifact: Any, inputs: Any) -> Any:
     return outputs["outputs"]
 
 
-def _in_parts(function: Callable[[Any], Any], inputs: Any) -> np.ndarray:
+def _in_parts(
+    function: Callable[[Any], Any],
+    inputs: Any,
+) -> np.ndarray:
     rows = len(jax.tree.leaves(inputs)[0])
     parts = []
     for start in range(0, rows, ROWS):

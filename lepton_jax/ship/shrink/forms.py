@@ -63,7 +63,10 @@ class Form:
         numbers = -(-math.prod(self.shape) * self.bits // 8)
         return numbers + 4 * math.prod(self.scales)
 
-    def pack(self, weight: Any) -> dict[str, jax.Array]:
+    def pack(
+        self,
+        weight: Any,
+    ) -> dict[str, jax.Array]:
         """Return the arrays to store: "values" (int8, or uint8 in pairs) and "scale".
 
         Args:
@@ -78,14 +81,20 @@ class Form:
             values = in_pairs(values)
         return {"values": values, "scale": best.scale.astype(jnp.float32)}
 
-    def unpack(self, arrays: Mapping[str, Any]) -> jax.Array:
+    def unpack(
+        self,
+        arrays: Mapping[str, Any],
+    ) -> jax.Array:
         """Return the weight as floats, from what `pack` returned."""
         values = arrays["values"]
         if self.bits == NIBBLE:
             values = out_of_pairs(values, self.shape)
         return qwix().dequantize(qwix().QArray(values, arrays["scale"]))
 
-    def rounded(self, weight: jax.Array) -> jax.Array:
+    def rounded(
+        self,
+        weight: jax.Array,
+    ) -> jax.Array:
         """Return the weight as it will be after `pack` and `unpack`, to train with.
 
         The gradient passes as if nothing were rounded (Bengio et al. 2013, "Estimating
@@ -95,7 +104,11 @@ class Form:
         plain = qwix().dequantize(self._quantized(weight, CUT_OFFS[0]))
         return weight + jax.lax.stop_gradient(plain - weight)
 
-    def _quantized(self, weight: Any, share: float) -> Any:
+    def _quantized(
+        self,
+        weight: Any,
+        share: float,
+    ) -> Any:
         triples = zip(range(len(self.shape)), self.shape, self.tiles, strict=True)
         return qwix().quantize(
             jnp.asarray(weight),
@@ -105,7 +118,11 @@ class Form:
         )
 
 
-def by_outputs(shape: tuple[int, ...], bits: int, group: int | None = None) -> Form:
+def by_outputs(
+    shape: tuple[int, ...],
+    bits: int,
+    group: int | None = None,
+) -> Form:
     """Return the form of a kernel (..., inputs, outputs): a scale for each output.
 
     Args:
@@ -119,7 +136,11 @@ def by_outputs(shape: tuple[int, ...], bits: int, group: int | None = None) -> F
     return Form(bits, shape, (*shape[:-2], tile, 1))
 
 
-def by_rows(shape: tuple[int, ...], bits: int, group: int | None = None) -> Form:
+def by_rows(
+    shape: tuple[int, ...],
+    bits: int,
+    group: int | None = None,
+) -> Form:
     """Return the form of an embedding (rows, dim): a scale, or several, for each row.
 
     Args:
@@ -131,7 +152,10 @@ def by_rows(shape: tuple[int, ...], bits: int, group: int | None = None) -> Form
     return Form(bits, shape, (1,) * (len(shape) - 1) + (tile,))
 
 
-def divisor(extent: int, most: int) -> int:
+def divisor(
+    extent: int,
+    most: int,
+) -> int:
     """Return the largest divisor of an extent that is at most a number.
 
     >>> divisor(96, 32), divisor(50, 32), divisor(7, 4)
@@ -149,7 +173,10 @@ def in_pairs(values: jax.Array) -> jax.Array:
     return low | (pairs[:, 1] << NIBBLE)
 
 
-def out_of_pairs(pairs: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def out_of_pairs(
+    pairs: jax.Array,
+    shape: tuple[int, ...],
+) -> jax.Array:
     """Return the int8 numbers that `in_pairs` put into bytes."""
     signed = jax.lax.bitcast_convert_type(pairs, jnp.int8)
     # a shift to the right keeps the sign
@@ -159,5 +186,8 @@ def out_of_pairs(pairs: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return flat[: int(np.prod(shape))].reshape(shape)
 
 
-def _squared_error(weight: Any, array: Any) -> jax.Array:
+def _squared_error(
+    weight: Any,
+    array: Any,
+) -> jax.Array:
     return jnp.sum((jnp.asarray(weight) - qwix().dequantize(array)) ** 2)

@@ -133,14 +133,23 @@ def magnitude(
     """
     schedule = _schedule(share)
 
-    def choose(path: str, value: jax.Array, count: jax.Array) -> jax.Array:
+    def choose(
+        path: str,
+        value: jax.Array,
+        count: jax.Array,
+    ) -> jax.Array:
         zeros = jnp.floor(schedule(count) * value.size).astype(jnp.int32)
         return _ranks(jnp.abs(value).reshape(-1)).reshape(value.shape) >= zeros
 
     return _masking(choose, every)
 
 
-def n_of_m(n: int = 2, m: int = 4, *, every: int = EVERY) -> Any:
+def n_of_m(
+    n: int = 2,
+    m: int = 4,
+    *,
+    every: int = EVERY,
+) -> Any:
     """Return a transformation that leaves n of each m inputs of an output.
 
     It saves nothing where no backend runs such weights, and XLA has none.
@@ -160,7 +169,11 @@ def n_of_m(n: int = 2, m: int = 4, *, every: int = EVERY) -> Any:
             remedy="let 1 <= n < m, such as 2 of 4",
         )
 
-    def choose(path: str, value: jax.Array, count: jax.Array) -> jax.Array:
+    def choose(
+        path: str,
+        value: jax.Array,
+        count: jax.Array,
+    ) -> jax.Array:
         inputs = value.shape[-2]
         if inputs % m:
             return jnp.ones(value.shape, bool)
@@ -190,7 +203,11 @@ def channels_off(
     """
     schedule = _schedule(share)
 
-    def update(updates: Any, state: MaskState, params: Any = None) -> Any:
+    def update(
+        updates: Any,
+        state: MaskState,
+        params: Any = None,
+    ) -> Any:
         _check_params(params)
 
         def fresh() -> Any:
@@ -247,10 +264,17 @@ def _masking(
     def init(params: Any) -> MaskState:
         return MaskState(jnp.int32(0), jax.tree.map(_all_stay, params))
 
-    def update(updates: Any, state: MaskState, params: Any = None) -> Any:
+    def update(
+        updates: Any,
+        state: MaskState,
+        params: Any = None,
+    ) -> Any:
         _check_params(params)
 
-        def chosen(path: Any, value: jax.Array) -> jax.Array:
+        def chosen(
+            path: Any,
+            value: jax.Array,
+        ) -> jax.Array:
             if value.ndim < LEAST_DIMS:
                 return _all_stay(value)
             return choose(path_of(path), value, state.updates)
@@ -274,7 +298,11 @@ def _masked(
     is_due = state.updates % every == 0
     masks = jax.lax.cond(is_due, fresh, lambda: state.masks)
 
-    def pruned(update: jax.Array, mask: jax.Array, value: jax.Array) -> jax.Array:
+    def pruned(
+        update: jax.Array,
+        mask: jax.Array,
+        value: jax.Array,
+    ) -> jax.Array:
         return jnp.where(mask, update, -value.astype(update.dtype))
 
     made = jax.tree.map(pruned, updates, masks, params)
@@ -311,7 +339,10 @@ def _channel_masks(
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
-def _strength(group: Channels, weights: Any) -> jax.Array:
+def _strength(
+    group: Channels,
+    weights: Any,
+) -> jax.Array:
     total = jnp.zeros(group.size)
     for place in group.places:
         value = weights.get(place.path)
@@ -324,7 +355,11 @@ def _strength(group: Channels, weights: Any) -> jax.Array:
     return total
 
 
-def _has_channels(value: Any, group: Channels, place: Place) -> bool:
+def _has_channels(
+    value: Any,
+    group: Channels,
+    place: Place,
+) -> bool:
     """Whether a weight has the channels: a trial's, of few entries, has not."""
     if value is None or value.ndim < LEAST_DIMS:
         return False

@@ -33,7 +33,11 @@ def size_of(trainer: Any) -> int:
     return sum(array.nbytes for array in weights.values())
 
 
-def latency_of(trainer: Any, rows: int = ROWS, seconds: float = SECONDS) -> float:
+def latency_of(
+    trainer: Any,
+    rows: int = ROWS,
+    seconds: float = SECONDS,
+) -> float:
     """Return the median milliseconds in which a compiled model predicts a batch.
 
     Weights and inputs lie on the device; the time is until the outputs do, too.
@@ -62,7 +66,10 @@ def latency_of(trainer: Any, rows: int = ROWS, seconds: float = SECONDS) -> floa
     return MILLISECONDS * statistics.median(times)
 
 
-def metric_name(trainer: Any, asked: str | None = None) -> str:
+def metric_name(
+    trainer: Any,
+    asked: str | None = None,
+) -> str:
     """Return the metric by which models are compared.
 
     Args:
@@ -85,7 +92,11 @@ def metric_name(trainer: Any, asked: str | None = None) -> str:
     return asked
 
 
-def metric_of(trainer: Any, name: str, data: Any) -> float:
+def metric_of(
+    trainer: Any,
+    name: str,
+    data: Any,
+) -> float:
     """Return a metric of a model on some samples.
 
     Args:
@@ -98,7 +109,12 @@ def metric_of(trainer: Any, name: str, data: Any) -> float:
     return float(measured[names.index(name)])
 
 
-def keeps(name: str, value: float, whole: float, share: float) -> bool:
+def keeps(
+    name: str,
+    value: float,
+    whole: float,
+    share: float,
+) -> bool:
     """Whether a metric is as good as asked for.
 
     Args:

@@ -39,7 +39,10 @@ class Packed(nnx.Module):
         self.weights = _as_data(weights)
 
 
-def packed(module: nnx.Module, forms: Mapping[str, Form]) -> Packed:
+def packed(
+    module: nnx.Module,
+    forms: Mapping[str, Form],
+) -> Packed:
     """Return a module that stores weights in given forms.
 
     Whole numbers that the module holds as parameters, as those of qwix do, become
@@ -75,7 +78,10 @@ def packed(module: nnx.Module, forms: Mapping[str, Form]) -> Packed:
     return kind(nested)
 
 
-def rounding(module: nnx.Module, forms: Mapping[str, Form]) -> nnx.Module:
+def rounding(
+    module: nnx.Module,
+    forms: Mapping[str, Form],
+) -> nnx.Module:
     """Return a copy of a module that rounds weights in each call, to train with.
 
     Parameters keep their paths, and stay floats.
@@ -144,7 +150,10 @@ def name_of(path: Path) -> str:
 # ---- internals ----
 
 
-def _variables(variable: Any, form: Form | None) -> Any:
+def _variables(
+    variable: Any,
+    form: Form | None,
+) -> Any:
     value = variable.get_value()
     if form is not None:
         arrays = form.pack(value)
@@ -165,26 +174,38 @@ def _as_data(tree: Any) -> Any:
     return nnx.Dict({str(key): _as_data(value) for key, value in tree.items()})
 
 
-def _at(node: Any, path: Path) -> Any:
+def _at(
+    node: Any,
+    path: Path,
+) -> Any:
     for key in path:
         node = node[str(key)]
     return node
 
 
-def _value(node: Any, form: Form | None) -> Any:
+def _value(
+    node: Any,
+    form: Form | None,
+) -> Any:
     if form is None:
         return node.get_value()
     arrays = {name: node[name].get_value() for name in ("values", "scale")}
     return form.unpack(arrays)
 
 
-def _filled(template: Any, values: Mapping[Path, Any]) -> Any:
+def _filled(
+    template: Any,
+    values: Mapping[Path, Any],
+) -> Any:
     state = jax.tree.map(lambda x: x, template)
     nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(dict(values)))
     return state
 
 
-def _variable_at(module: Any, path: Path) -> Any:
+def _variable_at(
+    module: Any,
+    path: Path,
+) -> Any:
     node = module
     for key in path:
         node = node[key] if isinstance(key, int) else getattr(node, str(key))

@@ -247,7 +247,10 @@ def in_whole_numbers(
 # ---- internals ----
 
 
-def _matching(patterns: Iterable[str], paths: Iterable[str]) -> set[str]:
+def _matching(
+    patterns: Iterable[str],
+    paths: Iterable[str],
+) -> set[str]:
     found = set()
     known = list(paths)
     for pattern in patterns:
@@ -293,11 +296,17 @@ def _rules(
     return [rule]
 
 
-def weights_in_loops(module: nnx.Module, inputs: Any) -> set[str]:
+def weights_in_loops(
+    module: nnx.Module,
+    inputs: Any,
+) -> set[str]:
     """Return the paths of the weights that a loop of the model's program reads."""
     graph, params, *others = nnx.split(module, nnx.Param, ...)
 
-    def call(params: Any, inputs: Any) -> Any:
+    def call(
+        params: Any,
+        inputs: Any,
+    ) -> Any:
         return called(nnx.merge(graph, params, *others, copy=True), inputs)
 
     program = jax.make_jaxpr(call)(params, inputs).jaxpr
@@ -308,7 +317,11 @@ def weights_in_loops(module: nnx.Module, inputs: Any) -> set[str]:
     return found
 
 
-def _follow(program: Any, origins: dict[Any, str], found: set[str]) -> None:
+def _follow(
+    program: Any,
+    origins: dict[Any, str],
+    found: set[str],
+) -> None:
     """Collect the weights that loops read.
 
     Args:
@@ -332,7 +345,11 @@ def _follow(program: Any, origins: dict[Any, str], found: set[str]) -> None:
                 _follow(inner, of_inner, found)
 
 
-def _by_qwix(trainer: Any, module: nnx.Module, provider: Any) -> nnx.Module:
+def _by_qwix(
+    trainer: Any,
+    module: nnx.Module,
+    provider: Any,
+) -> nnx.Module:
     """Let qwix change a module, which it calls once.
 
     Raises:

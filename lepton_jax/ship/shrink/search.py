@@ -258,7 +258,10 @@ def search(
 Made = Iterator[tuple[str, Any]]
 
 
-def _check(to: str, keep: float) -> None:
+def _check(
+    to: str,
+    keep: float,
+) -> None:
     known = (*TARGETS, SPARSE)
     if to not in known:
         raise SettingError(
@@ -274,7 +277,12 @@ def _check(to: str, keep: float) -> None:
         )
 
 
-def _judge(trainer: Any, keep: float, metric: str | None, rows: int) -> Judge:
+def _judge(
+    trainer: Any,
+    keep: float,
+    metric: str | None,
+    rows: int,
+) -> Judge:
     name = measuring.metric_name(trainer, metric)
     test = trainer.recipe.test
     if test is None:
@@ -319,7 +327,11 @@ def _makers(
     return makers.get(to, every)
 
 
-def _pruned(trainer: Any, epochs: float, also_quantized: bool) -> Made:
+def _pruned(
+    trainer: Any,
+    epochs: float,
+    also_quantized: bool,
+) -> Made:
     for share in CUTS:
         smaller = cut(trainer, share, **_fine_tuning(trainer))
         if epochs:
@@ -342,7 +354,12 @@ def _fine_tuning(trainer: Any) -> dict[str, Any]:
     return {"learning_rate": FINE_TUNING * rate, "controller": ()}
 
 
-def _spared(trainer: Any, module: nnx.Module, judge: Judge, whole: float) -> Made:
+def _spared(
+    trainer: Any,
+    module: nnx.Module,
+    judge: Judge,
+    whole: float,
+) -> Made:
     """Make the model of 4 bits with the fewest weights in 8 bits that is good enough.
 
     What a weight's rounding does is seen in the float program, with rounded weights in
@@ -384,7 +401,11 @@ class Probe:
         self._state = self._trainer.state
         self._harms: dict[str, float] = {}
 
-    def is_kept(self, spare: Sequence[str], whole: float) -> bool:
+    def is_kept(
+        self,
+        spare: Sequence[str],
+        whole: float,
+    ) -> bool:
         """Whether the metric is kept with 4 bits but for some weights."""
         forms = forms_of(self._module, kind_of("w4"), spare)
         self._round(forms)
@@ -400,10 +421,16 @@ class Probe:
             self._harms[path] = measuring.metric_of(self._trainer, "loss", data)
         return self._harms[path]
 
-    def _round(self, forms: dict[str, Any]) -> None:
+    def _round(
+        self,
+        forms: dict[str, Any],
+    ) -> None:
         params = self._state.params
 
-        def rounded(path: Any, value: jax.Array) -> jax.Array:
+        def rounded(
+            path: Any,
+            value: jax.Array,
+        ) -> jax.Array:
             name = name_of(tuple(key.key for key in path))
             form = forms.get(name)
             if form is None:
@@ -421,7 +448,11 @@ def _cheapest(kept: list[tuple[Candidate, Any]]) -> tuple[Candidate, Any]:
     return min(alike, key=lambda pair: pair[0].milliseconds)
 
 
-def _beats(one: Candidate, other: Candidate, frontier: Frontier) -> bool:
+def _beats(
+    one: Candidate,
+    other: Candidate,
+    frontier: Frontier,
+) -> bool:
     """Whether a model is as good in size, time and metric, and better in one."""
     sign = -1 if measuring.less_is_better(frontier.metric) else 1
     mine = (-one.nbytes, -one.milliseconds, sign * one.metric)
