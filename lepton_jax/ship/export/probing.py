@@ -103,16 +103,28 @@ def scaled_difference(expected: np.ndarray, found: np.ndarray) -> float:
 
     NaN equals NaN, and infinity itself; against a number they are infinitely far.
     """
-    left = np.asarray(expected, np.float64)
-    right = np.asarray(found, np.float64)
-    if left.shape != right.shape:
+    if np.shape(expected) != np.shape(found):
         return float("inf")
+    flat = np.reshape(expected, (1, -1)), np.reshape(found, (1, -1))
+    return float(row_differences(*flat).max(initial=0.0))
+
+
+def row_differences(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Return each row's largest difference, relative to its largest value, or to 1.
+
+    Args:
+      expected: (rows, ...).
+      found: of the same shape.
+    """
+    left = np.asarray(expected, np.float64).reshape(len(expected), -1)
+    right = np.asarray(found, np.float64).reshape(len(found), -1)
     same = (left == right) | (np.isnan(left) & np.isnan(right))
-    gaps = np.where(same, 0.0, np.abs(left - right))
+    with np.errstate(invalid="ignore"):  # infinity from infinity
+        gaps = np.where(same, 0.0, np.abs(left - right))
     gaps = np.where(np.isnan(gaps), np.inf, gaps)
-    finite = np.abs(left[np.isfinite(left)])
-    scale = max(1.0, float(finite.max(initial=0.0)))
-    return float(gaps.max(initial=0.0)) / scale
+    finite = np.where(np.isfinite(left), np.abs(left), 0.0)
+    scales = np.maximum(1.0, finite.max(axis=1, initial=0.0))
+    return gaps.max(axis=1, initial=0.0) / scales
 
 
 # ---- internals ----
