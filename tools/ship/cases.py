@@ -7,6 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import polars as pl
+
 import lepton_jax as lepton
 from lepton_jax.cli import settings
 
@@ -48,6 +50,27 @@ class Case(NamedTuple):
         trainer = lepton.Trainer(recipe.with_(evaluate_every=steps), devices=1)
         trainer.fit()
         return trainer
+
+    def raw_rows(
+        self,
+        trainer: lepton.Trainer,
+        folder: Path,
+        count: int,
+    ) -> pl.DataFrame | None:
+        """Return raw rows, where the test samples do not know theirs: a text's.
+
+        Args:
+          trainer: that has trained.
+          folder: of the data sets.
+          count: of rows.
+        """
+        if self.recipe != "lm":
+            return None
+        length = trainer.recipe.train.inputs.shape[1]
+        content = (folder / self.data).read_text(encoding="utf-8")
+        starts = range(0, count * length, length)
+        texts = [content[start : start + length] for start in starts]
+        return pl.DataFrame({"text": texts})
 
 
 CASES = (

@@ -79,7 +79,12 @@ def results_of(
       runtimes: folder of environments; None: this interpreter runs everything.
     """
     trainer = case.train(data)
-    artifact = lepton.Artifact.of(trainer, name=case.recipe, rows=ROWS)
+    rows = case.raw_rows(trainer, data, ROWS)
+    artifact = lepton.Artifact.of(
+        trainer,
+        name=case.recipe,
+        rows=ROWS if rows is None else rows,
+    )
     found = {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

@@ -74,7 +74,7 @@ class Artifact:
         trainer: Any,
         name: str | None = None,
         version: str = "1",
-        rows: int = ROWS,
+        rows: Any = ROWS,
     ) -> Artifact:
         """Make an artifact of a trained model.
 
@@ -84,7 +84,7 @@ class Artifact:
           version: of the model.
           rows: held-out rows that are stored with the trainer's outputs, at most; of
             raw rows a quarter is made awkward: missing values, unseen categories,
-            broken pictures.
+            broken pictures. Or a Polars table of raw rows to store, without targets.
 
         Raises:
           ModelError: there is no model, or it can't be exported.
@@ -104,12 +104,12 @@ class Artifact:
           MissingExtraError: a library that it needs is not installed.
         """
         place = Path(place)
-        artifact = cls.__new__(cls)
-        folder = files.opened(place, artifact)
-        manifest = _read_manifest(folder, place)
-        if check:
-            files.check(folder, manifest.files, place)
-        artifact.__init__(_read_parts(folder, manifest, place), place)  # type: ignore[misc]
+        with files.opened(place) as opened:
+            manifest = _read_manifest(opened.folder, place)
+            if check:
+                files.check(opened.folder, manifest.files, place)
+            artifact = cls(_read_parts(opened.folder, manifest, place), place)
+            opened.keep_for(artifact)
         return artifact
 
     def save(self, place: str | Path) -> Path:
@@ -379,7 +379,7 @@ def _read_manifest(folder: Path, place: Path) -> Manifest:
     """
     try:
         manifest = Manifest.from_json((folder / NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{NAME} can't be read: {error}",
             where=place,
@@ -433,14 +433,14 @@ def _predictions(outputs: Mapping[str, np.ndarray]) -> Any:
 def _check_hidden(outputs: Mapping[str, np.ndarray]) -> None:
     """Raise DataError where whole-number predictions hide a NaN of the outputs."""
     hides = False
-    is_nan = False
+    is_nan: Any = False
     for name, leaf in outputs.items():
         is_float = leaf.dtype.kind not in "iub"
         if name.startswith(PREDICTION):
             hides |= not is_float
         elif name.startswith(OUTPUTS) and is_float:
-            flat = leaf.astype(np.float32).reshape(len(leaf), -1)
-            is_nan = is_nan | np.isnan(flat).any(axis=1)
+            others = tuple(range(1, leaf.ndim))
+            is_nan = is_nan | np.isnan(leaf).any(axis=others)
     if not hides or not np.any(is_nan):
         return
     rows = np.flatnonzero(is_nan)

@@ -52,35 +52,51 @@ def writing(place: Path) -> Iterator[Path]:
             shutil.rmtree(draft, ignore_errors=True)
 
 
-def opened(place: Path, owner: Any) -> Path:
-    """Return the folder of an artifact; a zip file is unpacked for as long as it lives.
+class opened:
+    """Context that has an artifact as a folder; a zip file is unpacked.
 
     Args:
       place: of the artifact.
-      owner: with which an unpacked folder goes.
+
+    Attributes:
+      folder: with its files.
 
     Raises:
       CheckpointError: there is none, or its zip file is damaged.
     """
-    if place.is_dir():
-        folder = place
-    elif place.is_file():
-        folder = Path(tempfile.mkdtemp(prefix="lepton-artifact-"))
-        weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
-        _unpack(place, folder)
-    else:
-        raise CheckpointError(
-            "there is no artifact",
-            where=place,
-            remedy="name what Artifact.save or lepton export --to lepton wrote",
-        )
-    if not (folder / NAME).is_file():
-        raise CheckpointError(
-            f"there is no {NAME}, so this is no artifact",
-            where=place,
-            remedy="name what Artifact.save or lepton export --to lepton wrote",
-        )
-    return folder
+
+    def __init__(self, place: Path):
+        self.place = place
+        self.folder = place
+        self._is_kept = False
+
+    def __enter__(self) -> opened:
+        if self.place.is_file():
+            self.folder = Path(tempfile.mkdtemp(prefix="lepton-artifact-"))
+            _unpack(self.place, self.folder)
+        if not (self.folder / NAME).is_file():
+            self._remove()
+            fault = f"there is no {NAME}, so this is no artifact"
+            raise CheckpointError(
+                fault if self.place.exists() else "there is no artifact",
+                where=self.place,
+                remedy="name what Artifact.save or lepton export --to lepton wrote",
+            )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self._is_kept:
+            self._remove()
+
+    def keep_for(self, owner: Any) -> None:
+        """Keep what was unpacked for as long as an object lives."""
+        self._is_kept = True
+        if self.folder != self.place:
+            weakref.finalize(owner, shutil.rmtree, self.folder, ignore_errors=True)
+
+    def _remove(self) -> None:
+        if self.folder != self.place:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -159,6 +175,7 @@ def _unpack(place: Path, folder: Path) -> None:
                 _check_inside(name)
             file.extractall(folder)
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
         raise CheckpointError(
             f"the zip file can't be read: {error}",
             where=place,

@@ -41,14 +41,14 @@ class Parts(NamedTuple):
     stored: Stored
 
 
-def parts_of(trainer: Any, name: str | None, version: str, rows: int) -> Parts:
+def parts_of(trainer: Any, name: str | None, version: str, rows: Any) -> Parts:
     """Return the parts of the artifact of a trainer's model.
 
     Args:
       trainer: one that has a model.
       name: of the model; None: the recipe's.
       version: of the model.
-      rows: that are stored, at most.
+      rows: that are stored, at most; or a table of them.
 
     Raises:
       ModelError: there is no model, or it can't be exported.
@@ -140,10 +140,11 @@ def _limits(trainer: Any) -> tuple[dict[str, Any], ...]:
     )
 
 
-def _notes(trainer: Any, stored: Stored, rows: int) -> list[str]:
+def _notes(trainer: Any, stored: Stored, rows: Any) -> list[str]:
     """Return what could not be had, and why."""
     notes = []
-    if not len(stored) and rows:
+    is_asked = not isinstance(rows, int) or rows > 0
+    if not len(stored) and is_asked:
         notes.append("no rows are stored: the recipe has no data at hand")
     if trainer.preparation is not None and len(stored) and stored.rows is None:
         notes.append("the stored rows are arrays: their raw rows are not at hand")

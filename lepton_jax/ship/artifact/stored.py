@@ -85,14 +85,17 @@ class Stored:
         )
 
 
-def stored_rows(trainer: Any, most: int, names: Mapping[str, Any]) -> Stored:
+def stored_rows(trainer: Any, rows: Any, names: Mapping[str, Any]) -> Stored:
     """Return some of a trainer's rows with its outputs on them.
 
     Args:
       trainer: one that has a model.
-      most: rows at most.
+      rows: at most; or a Polars table of raw rows.
       names: of the outputs that are wanted.
     """
+    if not isinstance(rows, int):
+        return _with_raw(trainer, rows, None, names)
+    most = rows
     data = trainer.recipe.test
     if data is None:
         data = trainer.recipe.train
@@ -158,9 +161,8 @@ def _raw(trainer: Any, samples: Any) -> Any:
     except DataError:  # its sources are not at hand; a note says so
         return None
     targets = set(serving.prepared.targets)
-    return rows.select(
-        name for name in rows.columns if name in serving.needed and name not in targets
-    )
+    names = [name for name in rows.columns if name in serving.needed]
+    return rows.select(name for name in names if name not in targets)
 
 
 def _outputs(

@@ -54,7 +54,8 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with library.safe_open(path, framework="np") as file:
             types = json.loads((file.metadata() or {}).get(TYPES, "{}"))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = list(file.keys())
+            arrays = {name: file.get_tensor(name) for name in names}
     except library.SafetensorError as error:
         raise ValueError(str(error)) from error
     for name, (kind, shape) in types.items():
