@@ -7,6 +7,7 @@ import pickletools
 import subprocess
 import sys
 import zipfile
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import ml_dtypes
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lepton_jax as lepton
+from lepton_jax.data import Limit
 from lepton_jax.errors import CheckpointError, DataError, ModelError
 from lepton_jax.ship.artifact import tensors
 from lepton_jax.ship.artifact.compiled import batches
@@ -172,6 +174,13 @@ def test_no_file_of_it_is_a_pickle(saved):
         assert b"\x80\x04\x95" not in content[:64], path
 
 
+def test_its_programs_do_not_tell_where_they_were_made(made):
+    home = str(Path(lepton.__file__).parents[1]).encode()
+    for program in (made._program, made._measure):
+        assert b".py" in program, "errors still name the line"
+        assert home not in program and b"site-packages" not in program
+
+
 def test_a_zip_file_and_a_folder_hold_the_same(made, opened, tmp_path):
     place = made.save(tmp_path / "people.zip")
     packed = lepton.Artifact.open(place)
@@ -264,11 +273,16 @@ def test_arrays_that_differ_in_their_rows_are_refused(opened):
         opened.run(inputs | {name: inputs[name][:2]})
 
 
-def test_a_code_beyond_its_table_is_refused_as_in_training(opened):
-    inputs = {name: leaf[:3].copy() for name, leaf in opened.stored.inputs.items()}
+def test_a_number_beyond_its_table_is_refused_as_in_training(made):
+    limit = Limit("inputs/categories", 4, "the table has 4 rows", "look at the data")
+    manifest = replace(made.manifest, limits=(asdict(limit),))
+    read = Manifest.from_json(manifest.to_json())
+    artifact = lepton.Artifact(_parts(made, manifest=read))
+    inputs = {name: leaf[:3].copy() for name, leaf in made.stored.inputs.items()}
+    assert len(artifact.predict(inputs)) == 3
     inputs["categories"][1] = 99
-    with pytest.raises(DataError, match="categories"):
-        opened.run(inputs)
+    with pytest.raises(DataError, match=r"sample 1: 99"):
+        artifact.run(inputs)
 
 
 def test_raw_rows_without_a_needed_column_are_refused(opened):

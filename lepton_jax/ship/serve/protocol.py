@@ -179,6 +179,7 @@ def write_response(
     version: str,
     outputs: Mapping[str, np.ndarray],
     datatypes: Mapping[str, Tensor],
+    parameters: Mapping[str, Any] | None = None,
 ) -> tuple[bytes, int | None]:
     """Return the body of the response to a request.
 
@@ -188,6 +189,7 @@ def write_response(
       version: of the model.
       outputs: arrays by name.
       datatypes: the signature's outputs.
+      parameters: of the response; None: there are none.
 
     Returns:
       The bytes, and how many of them are JSON; None: all.
@@ -216,6 +218,8 @@ def write_response(
     response: dict[str, Any] = {"model_name": model, "model_version": version}
     if request.id is not None:
         response["id"] = request.id
+    if parameters:
+        response["parameters"] = parameters
     response["outputs"] = described
     head = orjson.dumps(response, option=ENCODING)
     if not blobs:
