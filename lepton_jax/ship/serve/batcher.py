@@ -129,7 +129,7 @@ class Batcher:
         self.limits = limits or Limits()
         self.waiting = 0  # rows
         self.together = together
-        self._programs = dict(programs)
+        self._programs = programs
         self._meter = meter
         self._queues: dict[int, deque[Ticket]] = {
             priority: deque() for priority in PRIORITIES
