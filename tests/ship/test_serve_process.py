@@ -21,7 +21,8 @@ pytest.importorskip("orjson", reason="the extra 'serve'")
 
 @pytest.fixture(scope="module")
 def running():
-    with server("linear", "poisoned", "--most-mib", "0.01") as process:
+    names = ("linear", "people", "digits")
+    with server(*names, "--most-mib", "0.01") as process:
         yield process
 
 
@@ -253,10 +254,10 @@ ONE = [(0.5, 0.1), (0.5, 0.9)]
 
 
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="there is no Chromium")
-def test_a_drawn_digit_is_answered_in_a_browser():
+def test_a_drawn_digit_is_answered_in_a_browser(running):
     pytest.importorskip("websockets", reason="the extra 'serve'")
-    with server("digits", "people") as process, browser.browser() as page:
-        page.open(f"http://127.0.0.1:{process.port}/")
+    with browser.browser() as page:
+        page.open(f"http://127.0.0.1:{running.port}/")
         page.until("document.querySelector('#pad') !== null")
         for digit, stroke in (("0", ZERO), ("1", ONE)):
             page.click("#clear")
