@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("orjson", reason="the extra 'serve'")
 pytest.importorskip("safetensors", reason="the extra 'ship'")
+pytest.importorskip("flatbuffers", reason="the extra 'ship'")
 
 import test_serve_application as application
 from artifacts import people

@@ -340,9 +340,7 @@ def _check_hidden(
 def _holds_nan(array: np.ndarray) -> bool:
     if array.dtype.kind in "iubO":
         return False
-    # the sum is NaN if any of them is, and cheaper to have
-    total = array.sum(dtype=np.float32)
-    return bool(np.isnan(total) and np.isnan(array).any())
+    return bool(np.isnan(array).any())
 
 
 def _any_nan(arrays: Mapping[str, np.ndarray]) -> bool:
