@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from lepton_jax.errors import LeptonError, SettingError
 from lepton_jax.ship.serve import page
 from lepton_jax.ship.serve.answering import Answer, Answering
@@ -80,6 +82,10 @@ def serve(
     """
     check_tls(options.listening)
     listener = listen(options.listening)
+    # A program of the CPU then runs in the thread that calls it: waking another one
+    # takes 30 to 50 microseconds, a third of a small model's time (jax 0.10.2;
+    # python -m tools.bench serve).
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     port = listener.getsockname()[1]
 
     application = build(options, open_artifact)
