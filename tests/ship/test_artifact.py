@@ -7,6 +7,7 @@ import pickletools
 import subprocess
 import sys
 import zipfile
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import ml_dtypes
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lepton_jax as lepton
+from lepton_jax.data import Limit
 from lepton_jax.errors import CheckpointError, DataError, ModelError
 from lepton_jax.ship.artifact import tensors
 from lepton_jax.ship.artifact.compiled import batches
@@ -264,11 +266,16 @@ def test_arrays_that_differ_in_their_rows_are_refused(opened):
         opened.run(inputs | {name: inputs[name][:2]})
 
 
-def test_a_code_beyond_its_table_is_refused_as_in_training(opened):
-    inputs = {name: leaf[:3].copy() for name, leaf in opened.stored.inputs.items()}
+def test_a_number_beyond_its_table_is_refused_as_in_training(made):
+    limit = Limit("inputs/categories", 4, "the table has 4 rows", "look at the data")
+    manifest = replace(made.manifest, limits=(asdict(limit),))
+    read = Manifest.from_json(manifest.to_json())
+    artifact = lepton.Artifact(_parts(made, manifest=read))
+    inputs = {name: leaf[:3].copy() for name, leaf in made.stored.inputs.items()}
+    assert len(artifact.predict(inputs)) == 3
     inputs["categories"][1] = 99
-    with pytest.raises(DataError, match="categories"):
-        opened.run(inputs)
+    with pytest.raises(DataError, match=r"sample 1: 99"):
+        artifact.run(inputs)
 
 
 def test_raw_rows_without_a_needed_column_are_refused(opened):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from lepton_jax.compat import ClosedJaxpr, Jaxpr, source_line
+from lepton_jax.compat import source_line
+from lepton_jax.ship.export import inlined
 from lepton_jax.ship.export.target import (
     Options,
     Source,
@@ -20,11 +22,11 @@ from lepton_jax.ship.export.target import (
 from lepton_jax.ship.extras import needs
 
 FILE = "model.onnx"
+# Loggers that warn of examples that are not installed, and of shapes that are computed.
+TALKATIVE = ("jax2onnx", "onnx_ir")
 BATCH = "B"  # ONNX's name of the dynamic dim
 TRACED = 2  # rows of the batch that is looked through; assumption: as any other
 MOST_NAMED = 3  # operations that a message names
-# Calls that are looked into, and that no target needs to know.
-CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat2")
 
 
 class ONNX(Target):
@@ -57,10 +59,12 @@ class ONNX(Target):
         """See `Target.write`."""
         library = needs("jax2onnx", extra="onnx", purpose="--to onnx")
         batch = self.batch_of(source, options)
+        inputs = _inputs(source, batch)
+        _hush()
         try:
             library.to_onnx(
-                source.closed(),
-                inputs=_inputs(source, batch),
+                _operations(source, inputs),
+                inputs=inputs,
                 model_name=word(source.name),
                 return_mode="file",
                 output_path=str(folder / FILE),
@@ -75,6 +79,11 @@ class ONNX(Target):
 # ---- internals ----
 
 
+def _hush() -> None:
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def _inputs(source: Source, batch: int | None) -> list[Any]:
     if batch is not None:
         return list(source.shapes(batch).values())
@@ -85,28 +94,30 @@ def _inputs(source: Source, batch: int | None) -> list[Any]:
     ]
 
 
+def _operations(source: Source, inputs: list[Any]) -> Callable[..., Any]:
+    """Return a model as a function of nothing but JAX's own operations.
+
+    jax2onnx replaces Flax's modules by rules of its own while it traces them, and knows
+    neither all of them nor all that they do (state, streams of random numbers).
+    """
+    program = jax.make_jaxpr(source.closed())(*inputs)
+
+    def function(*arrays: Any) -> tuple[Any, ...]:
+        return tuple(inlined.run(program, arrays))
+
+    return function
+
+
 def _unknown(source: Source) -> list[str]:
     """Return the operations that jax2onnx has no rule for, with their lines."""
     system = needs("jax2onnx.plugins.plugin_system", extra="onnx", purpose="--to onnx")
+    _hush()
     system.import_all_plugins()
     shapes = source.shapes(TRACED)
     program = jax.make_jaxpr(source.closed())(*shapes.values())
     found: dict[str, str] = {}
-    for eqn in _equations(program.jaxpr):
+    for eqn, callers in inlined.equations(program):
         name = eqn.primitive.name
-        if name not in system.PLUGIN_REGISTRY and name not in CALLS:
-            found.setdefault(name, source_line(eqn))
+        if name not in system.PLUGIN_REGISTRY:
+            found.setdefault(name, source_line(eqn, callers))
     return [f"{name} ({line})" for name, line in found.items()]
-
-
-def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
-    """Yield the equations of a program, and those of what it calls."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        if eqn.primitive.name not in CALLS:
-            continue
-        for value in eqn.params.values():
-            if isinstance(value, ClosedJaxpr):
-                yield from _equations(value.jaxpr)
-            elif isinstance(value, Jaxpr):
-                yield from _equations(value)

@@ -26,7 +26,7 @@ from lepton_jax.ship.artifact.signature import PREDICTION
 from lepton_jax.ship.export import probing, replay
 from lepton_jax.ship.export.target import SIGNATURE, Options, Source, Target
 
-TOLERANCE = 1e-5  # of float32, relative to the largest output or 1
+TOLERANCE = 1e-5  # of float32, relative to a row's largest output, or to 1
 SECONDS = 600.0  # that a replay may take; assumption
 PARITY = "parity.json"
 
@@ -41,7 +41,7 @@ class Parity:
       are_raw: whether they were raw, and went through the preparation.
       refused: rows that both the trainer and the artifact refuse.
       difference: largest difference of a floating-point output.
-      scaled: the same, relative to the largest output, or to 1.
+      scaled: the same, relative to the row's largest output, or to 1.
       labels: rows of which a whole-number prediction differs.
       worst: name of the output with the largest difference.
       departs: the first layer that differs by more than `TOLERANCE`; "none"; or why it
@@ -166,7 +166,7 @@ def compared(
                 unequal = (leaf != found[name]).reshape(len(leaf), -1).any(axis=1)
                 wrong = wrong | unequal
             continue
-        gap = probing.scaled_difference(leaf, found[name])
+        gap = _largest(leaf, found[name])
         if gap > scaled:
             worst = name
             scaled = gap
@@ -226,6 +226,16 @@ def write_parity(parity: Parity, folder: Path) -> None:
 
 
 # ---- internals ----
+
+
+def _largest(expected: np.ndarray, found: np.ndarray) -> float:
+    """Return the largest difference of a row, relative to its largest output or 1.
+
+    A row far off, whose outputs are large, must not hide differences of others.
+    """
+    if expected.shape != found.shape:
+        return float("inf")
+    return float(probing.row_differences(expected, found).max(initial=0.0))
 
 
 def _check_refused(artifact: Artifact) -> int:

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal, source_line
-from lepton_jax.planner.program.graph import CALLS
+from lepton_jax.compat import source_line
 from lepton_jax.ship.artifact.signature import ANY, Tensor
+from lepton_jax.ship.export import inlined
 from lepton_jax.ship.export.target import Source
 
 # Operations whose results are a layer's.
@@ -103,16 +103,28 @@ def scaled_difference(expected: np.ndarray, found: np.ndarray) -> float:
 
     NaN equals NaN, and infinity itself; against a number they are infinitely far.
     """
-    left = np.asarray(expected, np.float64)
-    right = np.asarray(found, np.float64)
-    if left.shape != right.shape:
+    if np.shape(expected) != np.shape(found):
         return float("inf")
+    flat = np.reshape(expected, (1, -1)), np.reshape(found, (1, -1))
+    return float(row_differences(*flat).max(initial=0.0))
+
+
+def row_differences(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Return each row's largest difference, relative to its largest value, or to 1.
+
+    Args:
+      expected: (rows, ...).
+      found: of the same shape.
+    """
+    left = np.asarray(expected, np.float64).reshape(len(expected), -1)
+    right = np.asarray(found, np.float64).reshape(len(found), -1)
     same = (left == right) | (np.isnan(left) & np.isnan(right))
-    gaps = np.where(same, 0.0, np.abs(left - right))
+    with np.errstate(invalid="ignore"):  # infinity from infinity
+        gaps = np.where(same, 0.0, np.abs(left - right))
     gaps = np.where(np.isnan(gaps), np.inf, gaps)
-    finite = np.abs(left[np.isfinite(left)])
-    scale = max(1.0, float(finite.max(initial=0.0)))
-    return float(gaps.max(initial=0.0)) / scale
+    finite = np.where(np.isfinite(left), np.abs(left), 0.0)
+    scales = np.maximum(1.0, finite.max(axis=1, initial=0.0))
+    return gaps.max(axis=1, initial=0.0) / scales
 
 
 # ---- internals ----
@@ -144,54 +156,15 @@ def _layers(
     """Run a model, and return the results of its layers by name."""
     program = jax.make_jaxpr(run)(dict(weights), dict(inputs))
     found: dict[str, Any] = {}
-    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves((weights, inputs))]
-    _run(program.jaxpr, program.consts, leaves, found, ())
+
+    def look(eqn: Any, callers: tuple, results: list[Any]) -> None:
+        if eqn.primitive.name not in LAYERS:
+            return
+        for leaf in results:
+            if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim:
+                line = source_line(eqn, callers)
+                found[f"{len(found) + 1:02d} {eqn.primitive.name} {line}"] = leaf
+
+    leaves = jax.tree.leaves((dict(weights), dict(inputs)))
+    inlined.run(program, [jnp.asarray(leaf) for leaf in leaves], look)
     return found
-
-
-def _run(
-    jaxpr: Jaxpr,
-    consts: Sequence[Any],
-    args: Sequence[Any],
-    found: dict[str, Any],
-    callers: tuple,
-) -> list[Any]:
-    env: dict[Any, Any] = {}
-    env.update(zip(jaxpr.constvars, consts, strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
-
-    def value(atom: Any) -> Any:
-        return atom.val if isinstance(atom, Literal) else env[atom]
-
-    for eqn in jaxpr.eqns:
-        results = _equation(eqn, [value(v) for v in eqn.invars], found, callers)
-        env.update(zip(eqn.outvars, results, strict=True))
-        if eqn.primitive.name in LAYERS:
-            _note(eqn, callers, results, found)
-    return [value(v) for v in jaxpr.outvars]
-
-
-def _equation(
-    eqn: Any,
-    inputs: list[Any],
-    found: dict[str, Any],
-    callers: tuple,
-) -> list[Any]:
-    inner = eqn.params.get(CALLS.get(eqn.primitive.name, ""))
-    if inner is not None:
-        is_closed = isinstance(inner, ClosedJaxpr)
-        jaxpr = inner.jaxpr if is_closed else inner
-        consts = inner.consts if is_closed else ()
-        if len(jaxpr.invars) == len(inputs):
-            return _run(jaxpr, consts, inputs, found, (*callers, eqn))
-    params = eqn.primitive.get_bind_params(eqn.params)
-    out = eqn.primitive.bind(*inputs, **params)
-    return list(out) if eqn.primitive.multiple_results else [out]
-
-
-def _note(eqn: Any, callers: tuple, results: list[Any], found: dict[str, Any]) -> None:
-    for leaf in results:
-        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-        if is_float and leaf.ndim:
-            line = source_line(eqn, callers)
-            found[f"{len(found) + 1:02d} {eqn.primitive.name} {line}"] = leaf

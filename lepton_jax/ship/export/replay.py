@@ -89,9 +89,8 @@ def iree(folder: Path, signature: dict[str, Any]) -> Run:
     """Open a module of IREE."""
     from iree import runtime
 
-    config = runtime.Config(signature["driver"])
     content = (folder / "model.vmfb").read_bytes()
-    module = runtime.load_vm_flatbuffer(content, config=config)
+    module = runtime.load_vm_flatbuffer(content, driver=signature["driver"])
     order = names(signature, "inputs")
     out = names(signature, "outputs")
 
