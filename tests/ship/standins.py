@@ -53,6 +53,7 @@ class Standin:
     compiled_sizes: list = field(default_factory=list)
     limits: tuple = ()
     profile: object = None
+    training: object = None
     serving: object = None
 
     @property
@@ -189,3 +190,13 @@ def digits(name="digits"):
         stored=Stored({"inputs": inputs}, function({"inputs": inputs})),
         sizes=(1, 2),
     )
+
+
+def half():
+    """The input as the output, in FP16."""
+    return identity("float16", "half")
+
+
+def brain():
+    """The input as the output, in BF16."""
+    return identity("bfloat16", "brain")

@@ -157,7 +157,10 @@ class Application:
             await self.documents(scope, receive, send)
         else:
             await _send(send, call, answer)
-        self._left(call, answer.status)
+        if call.visit is not None:
+            # after this turn of the loop, in which the answer goes out
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self._left, call, answer.status)
 
     # ---- the way of a message ----
 

@@ -135,7 +135,7 @@ class Server(uvicorn.Server):
     ):
         self.application = application
         self.where = where
-        self.failure: LeptonError | None = None  # that ended the server
+        self.failure: Exception | None = None  # that ended the server
         self._listener = listener
         self._load = load
         self._door = Door()
@@ -210,11 +210,12 @@ class Server(uvicorn.Server):
     async def _get_ready(self) -> None:
         try:
             await self._load()
-        except LeptonError as error:
+        except asyncio.CancelledError:
+            return
+        except Exception as error:
+            # whoever runs the server raises it again
             self.failure = error
             self.should_exit = True
-            return
-        except asyncio.CancelledError:
             return
         if self.application.phase is not Phase.LOADING:
             return

@@ -27,11 +27,12 @@ HALF = 2e-2
 # nearly equal logits may change places (assumption).
 TIES = 0.02
 
-TIMED = 3  # runs of a size, of which the quickest counts (assumption)
-LONG = 0.2  # seconds of a run that is not timed again (assumption)
+TIMED = 20  # runs of a size, of which the quickest counts (assumption)
+LONG = 0.2  # seconds after which a size is not timed again (assumption)
 # Share by which rows a second must grow from a size to its double, or else the ladder
 # ends: a larger batch would only make its requests wait (assumption).
 LEAST_GAIN = 0.05
+TRIES = 2  # sizes that must not pay before the ladder ends
 LARGEST = 128  # rows of a batch, unless asked for otherwise (assumption)
 
 
@@ -189,22 +190,26 @@ def _time(program: Program, inputs: Mapping[str, np.ndarray]) -> float:
     """Return the seconds of a run; the first, which may still set up, is left out."""
     program(inputs)
     best = np.inf
+    end = time.perf_counter() + LONG
     for _ in range(TIMED):
         began = time.perf_counter()
         program(inputs)
-        best = min(best, time.perf_counter() - began)
-        if best > LONG:
+        now = time.perf_counter()
+        best = min(best, now - began)
+        if now > end:
             break
     return best
 
 
 def _pays(seconds: Mapping[int, float]) -> bool:
-    """Whether the last size does more rows a second than the one before."""
-    if len(seconds) < 2:
+    """Whether one of the last two sizes does more rows a second than all before.
+
+    One that does not may have been measured while the machine had something else to do.
+    """
+    rates = [size / seconds[size] for size in seconds]
+    if len(rates) <= TRIES:
         return True
-    *_, before, last = seconds
-    gain = (last / seconds[last]) / (before / seconds[before]) - 1
-    return gain > LEAST_GAIN
+    return max(rates[-TRIES:]) > max(rates[:-TRIES]) * (1 + LEAST_GAIN)
 
 
 class AnySize(dict[int, Program]):
