@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -58,8 +59,9 @@ def counted(table, rows=2_000):
 
 def shifted_model(meter):
     """Let a meter have a model whose rows have moved."""
-    tallies = counted(people(1_000, seed=1, older=12))
-    meter._models["people", "1"] = ModelMeter(meter, "people", "1", tallies)
+    model = ModelMeter(meter, "people", "1", REFERENCE.to_json())
+    model.rows(people(1_000, seed=1, older=12).to_dicts())
+    meter._models["people", "1"] = model
 
 
 def test_no_alarm_is_on_for_rows_like_training_s():
@@ -260,6 +262,19 @@ def test_an_artifact_brings_all_that_its_gauges_need(artifact):
     assert found["lepton_serve_drift_alarm", "hours", "missing"] == 1.0
     assert found["lepton_serve_drift_alarm", "age", "distribution"] == 0.0
     assert found["lepton_serve_drift_alarms", None, None] >= 3
+
+
+def test_an_artifact_that_takes_another_s_place_begins_a_window_of_its_own(artifact):
+    meter = Meter(energy=NOTHING)
+    first = meter.model("people", "1", artifact)
+    first.rows(people(10).to_dicts())
+    assert meter.model("people", "1") is first
+    assert meter.model("people", "1", artifact) is first
+    newer = SimpleNamespace(training=REFERENCE.to_json())
+    second = meter.model("people", "1", newer)
+    second.batch([1], size=1, seconds=0.1)
+    assert second is not first and second.tallies.moved() == []
+    meter.close()
 
 
 def test_rows_are_counted_by_a_thread_beside_the_server_s_work(artifact):
