@@ -48,6 +48,7 @@ __all__ = [
     "source_line",
     "static_text",
     "whole_axes",
+    "without_paths",
     "without_proxies",
 ]
 
@@ -166,6 +167,26 @@ def _count_hit(event: str, **_: Any) -> None:
 
 
 jax.monitoring.register_event_listener(_count_hit)
+
+
+@contextlib.contextmanager
+def without_paths() -> Iterator[None]:
+    """Leave the folders of source files out of programs that are lowered meanwhile.
+
+    A program that somebody else opens need not tell how its maker's disk looks.
+    """
+    settings = {
+        "jax_hlo_source_file_canonicalization_regex": ".*/",
+        "jax_traceback_in_locations_limit": 1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def static_text(lowered: Any) -> str:

@@ -433,6 +433,33 @@ class Trainer:
         weights = select_weights(self._state(program), self.recipe)
         return program.trace.functional.whole(*weights)
 
+    def with_module(self, module: Any, **changes: Any) -> Trainer:
+        """Return a trainer with another module, which brings its weights along.
+
+        Optimizer and policies begin anew, at step 0. Data, preparation and what else
+        the recipe says stay, and nothing is written to the run's folder.
+
+        Args:
+          module: an NNX module that takes the same inputs.
+          **changes: other fields of the recipe.
+
+        Raises:
+          ModelError: the module can't be called with the inputs, or the loss can't be
+            taken of its outputs.
+        """
+        traced = self._ready(None).trace
+        trainer = Trainer(
+            self.recipe.with_(model=module, **changes),
+            devices=len(self._devices),
+            source=self._source,
+        )
+        shapes = None
+        if trainer.recipe.train is None:
+            shapes = (traced.inputs, traced.targets)
+        trainer._opened = self._opened
+        trainer._state(trainer._ready(shapes, traced.samples))
+        return trainer
+
     def baseline(self, seconds: float = SECONDS) -> list[Comparison]:
         """Fit the recipe's baselines, and compare the network with them.
 

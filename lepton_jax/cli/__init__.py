@@ -20,6 +20,7 @@ COMMANDS = {
     "predict": "predict the rows of files, here or on a Ray cluster",
     "export": "write a trained model for a runtime, and compare the two",
     "serve": "answer requests with trained models, over HTTP",
+    "shrink": "make a trained model smaller, and keep its metric",
     "control": "ask a run that is under way for something",
 }
 MISTAKE = 2  # exit code

@@ -174,6 +174,13 @@ def test_no_file_of_it_is_a_pickle(saved):
         assert b"\x80\x04\x95" not in content[:64], path
 
 
+def test_its_programs_do_not_tell_where_they_were_made(made):
+    home = str(Path(lepton.__file__).parents[1]).encode()
+    for program in (made._program, made._measure):
+        assert b".py" in program, "errors still name the line"
+        assert home not in program and b"site-packages" not in program
+
+
 def test_a_zip_file_and_a_folder_hold_the_same(made, opened, tmp_path):
     place = made.save(tmp_path / "people.zip")
     packed = lepton.Artifact.open(place)

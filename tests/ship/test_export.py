@@ -26,6 +26,7 @@ from tests.ship import artifacts
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROWS = 21
+OPAQUE = ("stablehlo", "iree", "savedmodel")  # that need no code of the model's
 PROGRAMS = [name for name, target in export.TARGETS.items() if target.is_program]
 
 
@@ -76,10 +77,7 @@ def test_raw_rows_get_the_trainers_outputs_in_each_runtime(
     assert written["passes"] and written["departs"] == "none"
 
 
-@pytest.mark.parametrize(
-    "target", [pytest.param(n, marks=needs(n)) for n in PROGRAMS if n != "onnx"]
-)
-@pytest.mark.skipif(not has("tensorflow"), reason="needs the extra tflite")
+@pytest.mark.parametrize("target", [pytest.param(n, marks=needs(n)) for n in OPAQUE])
 def test_an_artifact_alone_is_exported_without_the_models_code(
     artifact, target, tmp_path
 ):

@@ -77,7 +77,7 @@ async def served(*artifacts, opens=None, **options):
 
     application = build(Options(**options), open_artifact)
     for artifact in artifacts:
-        await application.models.load(artifact, Path(artifact.name))
+        await application.models.load(artifact, Path(artifact.manifest.name))
     application.phase = Phase.READY
     yield Client(application)
     application.models.close()

@@ -33,6 +33,7 @@ from tools.bench import (
     regret,
     restart,
     serve,
+    shrink,
     step,
     step_time,
 )
@@ -55,6 +56,7 @@ COMMANDS = (
     data,
     embeddings,
     generation,
+    shrink,
     peers,
     serve,
 )

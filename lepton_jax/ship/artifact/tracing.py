@@ -20,7 +20,7 @@ from jax import export
 from jax.interpreters import partial_eval
 
 from lepton_jax import losses
-from lepton_jax.compat import whole_axes
+from lepton_jax.compat import whole_axes, without_paths
 from lepton_jax.controller import select_weights
 from lepton_jax.errors import ModelError
 from lepton_jax.planner import evaluated
@@ -113,7 +113,8 @@ def exported(
         for name, shape in model.inputs.items()
     }
     weights = _shapes(model.weights)
-    return export.export(jax.jit(model.run), platforms=platforms)(weights, inputs)
+    with without_paths():
+        return export.export(jax.jit(model.run), platforms=platforms)(weights, inputs)
 
 
 def signature_of(inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ Converters that know JAX's operations then meet neither modules nor functions in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,12 +16,14 @@ from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal
 from lepton_jax.planner.program.graph import CALLS
 
 Look = Callable[[Any, tuple, list[Any]], None]
+Rules = Mapping[str, Callable[..., Any]]
 
 
 def run(
     program: ClosedJaxpr,
     args: Sequence[Any],
     look: Look | None = None,
+    rules: Rules | None = None,
 ) -> list[Any]:
     """Run a program, operation by operation.
 
@@ -30,8 +32,10 @@ def run(
       args: leaves of its arguments.
       look: called with each equation, the calls around it, outermost first, and its
         results.
+      rules: by the name of an operation, a function (operands, parameters) to results
+        that is run in its place.
     """
-    return _Inlined(look).run(program.jaxpr, program.consts, args, ())
+    return _Inlined(look, rules or {}).run(program.jaxpr, program.consts, args, ())
 
 
 def equations(program: ClosedJaxpr) -> list[tuple[Any, tuple]]:
@@ -53,8 +57,9 @@ def equations(program: ClosedJaxpr) -> list[tuple[Any, tuple]]:
 
 
 class _Inlined:
-    def __init__(self, look: Look | None):
+    def __init__(self, look: Look | None, rules: Rules):
         self._look = look
+        self._rules = rules
 
     def run(
         self,
@@ -89,6 +94,9 @@ class _Inlined:
             consts = inner.consts if is_closed else ()
             if len(jaxpr.invars) == len(inputs):
                 return self.run(jaxpr, consts, inputs, (*callers, eqn))
+        rule = self._rules.get(eqn.primitive.name)
+        if rule is not None:
+            return rule(inputs, eqn.params)
         params = eqn.primitive.get_bind_params(eqn.params)
         out = eqn.primitive.bind(*inputs, **params)
         results = list(out) if eqn.primitive.multiple_results else [out]

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax import export
 
+from lepton_jax.compat import without_paths
 from lepton_jax.ship.artifact.tensors import write_tensors
 from lepton_jax.ship.artifact.tracing import PLATFORMS
 from lepton_jax.ship.export.target import (
@@ -93,4 +94,5 @@ def _exported(source: Source, batch: int | None) -> export.Exported:
         path: jax.ShapeDtypeStruct(array.shape, array.dtype)
         for path, array in source.weights.items()
     }
-    return export.export(jax.jit(source.run), platforms=PLATFORMS)(weights, inputs)
+    with without_paths():
+        return export.export(jax.jit(source.run), platforms=PLATFORMS)(weights, inputs)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from lepton_jax.ship.export import inlined
 from lepton_jax.ship.export.target import (
     Options,
     Source,
@@ -44,7 +46,7 @@ class SavedModel(Target):
         """See `Target.write`."""
         batch = self.batch_of(source, options)
         with _one_error(self.name):
-            _save(source, folder / SAVED, batch)
+            _save(source, folder / SAVED, batch, source.closed())
         write_signature(self.name, source, folder, batch)
 
 
@@ -57,12 +59,22 @@ class LiteRT(Target):
     modules = ("tensorflow", "jax.experimental.jax2tf", "ai_edge_litert.interpreter")
     has_any_batch = False
 
+    def refusals(self, source: Source, options: Options) -> list[str]:
+        """See `Target.refusals`."""
+        reasons = super().refusals(source, options)
+        if not source.is_live:
+            reasons.append(
+                "some operations have to be replaced for LiteRT in the model's own code,"
+                " and an artifact holds none: export the run"
+            )
+        return reasons
+
     def write(self, source: Source, folder: Path, options: Options) -> None:
         """See `Target.write`."""
         tf = _tensorflow("--to litert")
         batch = self.batch_of(source, options)
         with tempfile.TemporaryDirectory() as place, _one_error(self.name):
-            _save(source, Path(place), batch)
+            _save(source, Path(place), batch, _portable(source, batch))
             converter = tf.lite.TFLiteConverter.from_saved_model(place)
             content = converter.convert()
         (folder / "model.tflite").write_bytes(content)
@@ -91,7 +103,43 @@ def _tensorflow(purpose: str) -> Any:
     return needs("tensorflow", extra=EXTRA, purpose=purpose)
 
 
-def _save(source: Source, place: Path, batch: int | None) -> None:
+def _portable(source: Source, batch: int | None) -> Callable[..., Any]:
+    """Return a model of operations that TensorFlow Lite has."""
+    if not source.is_live or batch is None:
+        return source.closed()
+    program = jax.make_jaxpr(source.closed())(*source.shapes(batch).values())
+
+    def function(*arrays: Any) -> tuple[Any, ...]:
+        return tuple(inlined.run(program, arrays, rules=RULES))
+
+    return function
+
+
+def _argmax(operands: list[Any], params: Any) -> list[Any]:
+    """Return the first position of the largest value, as `lax.argmax` does.
+
+    XLA's own is a reduction of pairs, which the converter of TensorFlow 2.21 refuses.
+    NaN counts as the largest.
+    """
+    (values,) = operands
+    (axis,) = params["axes"]
+    most = jnp.max(values, axis=axis, keepdims=True)
+    is_most = (values == most) | (values != values)
+    size = values.shape[axis]
+    positions = jax.lax.broadcasted_iota(jnp.int32, values.shape, axis)
+    first = jnp.min(jnp.where(is_most, positions, size), axis=axis)
+    return [first.astype(params["index_dtype"])]
+
+
+RULES = {"argmax": _argmax}
+
+
+def _save(
+    source: Source,
+    place: Path,
+    batch: int | None,
+    function: Callable[..., Any],
+) -> None:
     """Write a model as a SavedModel with a signature `serving_default`."""
     tf = _tensorflow("a SavedModel")
     jax2tf = needs("jax.experimental.jax2tf", extra=EXTRA, purpose="a SavedModel")
@@ -101,7 +149,7 @@ def _save(source: Source, place: Path, batch: int | None) -> None:
             f"(batch, {', '.join('_' * (len(t.shape) - 1))})" for t in source.inputs
         ]
     convert = jax2tf.convert(
-        source.closed(),
+        function,
         polymorphic_shapes=shapes,
         with_gradient=False,
         native_serialization_platforms=["cpu"],

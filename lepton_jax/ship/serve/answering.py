@@ -24,6 +24,9 @@ JSON = b"application/json"
 BINARY = b"application/octet-stream"
 # Threads that prepare raw rows; Polars has threads of its own (assumption).
 PREPARERS = 2
+# Rows of a request that are explained: occlusion runs the model once for each part of a
+# row (assumption).
+MOST_EXPLAINED = 16
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,8 @@ class Answering:
             rows = raw.columns_to_rows(request, served.artifact)
             inputs = await self._prepared(served, rows, asked)
         done = await self._run(served, inputs, request, asked)
-        return _written(served, request, done, asked)
+        explanation = await self._explained(served, inputs, request)
+        return _written(served, request, done, asked, explanation)
 
     async def _rows(self, served: Served, asked: Asked) -> Answer:
         parsed = protocol.parse_json(asked.body)
@@ -139,7 +143,8 @@ class Answering:
         _name(served, asked, request)
         inputs = await self._prepared(served, rows, asked)
         done = await self._run(served, inputs, request, asked)
-        return _in_words(served, request, done, asked)
+        explanation = await self._explained(served, inputs, request)
+        return _in_words(served, request, done, asked, explanation)
 
     async def _prepared(
         self,
@@ -186,10 +191,48 @@ class Answering:
         )
         if asked.visit is not None:
             _mark(asked.visit, done)
-        _check_hidden(done.outputs, inputs)
+        _check_hidden(served, done.outputs, inputs)
         if self.models.shadows:
             self.models.shadow(served, inputs, request.rows, done.outputs)
         return done
+
+    async def _explained(
+        self,
+        served: Served,
+        inputs: Mapping[str, np.ndarray],
+        request: Request,
+    ) -> dict[str, Any] | None:
+        """Return the explanation that the parameter `explain` asks for.
+
+        It is made in another thread, next to the queue.
+
+        Raises:
+          Refusal: there is no such explanation, or there are too many rows for it.
+        """
+        method = request.parameters.get("explain")
+        if method is None:
+            return None
+        if request.rows > MOST_EXPLAINED:
+            raise bad(f"at most {MOST_EXPLAINED} rows of a request are explained")
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._preparers, _explanation, served.artifact, inputs, method
+            )
+        except LeptonError as error:
+            raise raw.refusal_of(error) from error
+
+
+def _explanation(
+    artifact: Any,
+    inputs: Mapping[str, np.ndarray],
+    method: Any,
+) -> dict[str, Any]:
+    """Return an explanation as plain data."""
+    from lepton_jax.ship import explain  # it is not often asked for
+
+    if method not in explain.OF_ARTIFACTS:
+        raise bad(f"explain is one of {', '.join(explain.OF_ARTIFACTS)}")
+    return explain.explain(artifact, dict(inputs), method)
 
 
 def _name(served: Served, asked: Asked, request: Request) -> None:
@@ -215,6 +258,7 @@ def _written(
     request: Request,
     done: Done,
     asked: Asked,
+    explanation: dict[str, Any] | None,
 ) -> Answer:
     """Return the answer of the protocol."""
     outputs = _with_label(served, done.outputs)
@@ -224,6 +268,7 @@ def _written(
         served.version,
         outputs,
         served.signature.outputs,
+        explanation and {"explanation": explanation},
     )
     headers = [(b"lepton-batch-size", b"%d" % done.size)]
     kind = JSON
@@ -240,6 +285,7 @@ def _in_words(
     request: Request,
     done: Done,
     asked: Asked,
+    explanation: dict[str, Any] | None,
 ) -> Answer:
     """Return the answer to raw rows: predictions in words, and all outputs."""
     outputs = _with_label(served, done.outputs)
@@ -255,6 +301,8 @@ def _in_words(
     response["outputs"] = {
         name: protocol.finite(array, name, request) for name, array in outputs.items()
     }
+    if explanation is not None:
+        response["explanation"] = explanation
     body = orjson.dumps(response, option=protocol.ENCODING)
     if asked.visit is not None:
         asked.visit.mark("write")
@@ -275,6 +323,7 @@ def _with_label(
 
 
 def _check_hidden(
+    served: Served,
     outputs: Mapping[str, np.ndarray],
     inputs: Mapping[str, np.ndarray],
 ) -> None:
@@ -282,14 +331,8 @@ def _check_hidden(
 
     The trainer refuses such a prediction, too.
     """
-    hides = any(
-        name.startswith("prediction") and array.dtype.kind in "iub"
-        for name, array in outputs.items()
-    )
-    if not hides:
-        return
-    for name, array in outputs.items():
-        if name.startswith("outputs") and _holds_nan(array):
+    for name in served.signature.hidden:
+        if _holds_nan(outputs[name]):
             message = f"{name} holds NaN, which the prediction would hide"
             raise bad(message) if _any_nan(inputs) else broken(message)
 

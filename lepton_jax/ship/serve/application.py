@@ -228,8 +228,9 @@ class Application:
         name, version = _model_of(call)
         if self.phase is Phase.LOADING and not self.models.all():
             raise busy("the models are being loaded")
-        # a model that is not there is said before megabytes are sent
-        self.models.find(name, version)
+        if not call.has_arrived():
+            # a model that is not there is said before megabytes are sent
+            self.models.find(name, version)
         body = await read_body(call, self.guards)
         return Asked(
             name,

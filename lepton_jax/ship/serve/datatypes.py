@@ -156,6 +156,13 @@ def from_json(
     return _array(flat, datatype).reshape(shape)
 
 
+def is_finite(array: np.ndarray) -> bool:
+    """Whether floats hold neither NaN nor infinity."""
+    # a sum of finite floats may be infinite, but one with others is never finite
+    total = array.sum(dtype=np.float64)
+    return bool(math.isfinite(total) or np.isfinite(array).all())
+
+
 # ---- internals ----
 
 # Types of Python that JSON's values have, by the kind of a datatype.
@@ -215,6 +222,6 @@ def _array(flat: list, datatype: str) -> np.ndarray:
             array = np.array(flat, dtype=DTYPES[datatype])
     except OverflowError as error:
         raise ValueError(f"a number is out of {datatype}'s range") from error
-    if datatype in FLOATS and not np.isfinite(array).all():
+    if datatype in FLOATS and not is_finite(array):
         raise ValueError(f"a number is out of {datatype}'s range")
     return array

@@ -164,6 +164,7 @@ class Models:
         self._sizes = sizes
         self._meter = meter
         self._versions: dict[str, dict[str, Served]] = {}
+        self._defaults: dict[str, Served] = {}  # that were looked up already
         self._expected: dict[str, set[str]] = {}  # versions that are being loaded
         self._is_stopped = threading.Event()
         self._loader = ThreadPoolExecutor(1, "lepton-load")
@@ -215,6 +216,7 @@ class Models:
           Refusal: it is not here.
         """
         self.find(name, version)
+        self._defaults.clear()
         versions = self._versions[name]
         for key in [version] if version else list(versions):
             self._retire(versions.pop(key))
@@ -266,7 +268,7 @@ class Models:
         versions = self._versions.get(name)
         if versions is not None:
             if version is None:
-                return versions[self._default(name)]
+                return self._default(name)
             if version in versions:
                 return versions[version]
         expected = self._expected.get(name)
@@ -296,6 +298,31 @@ class Models:
                 version = canary.version
         return self.find(name, version)
 
+    def set_aside(
+        self,
+        name: str,
+        version: str,
+        canary: float | None,
+        is_shadow: bool,
+    ) -> None:
+        """Say what share of the requests a version gets.
+
+        Args:
+          name: of the model.
+          version: of the model.
+          canary: its share, from 0 to 1; None: it is no canary.
+          is_shadow: whether it is asked the same, and only compared.
+        """
+        self._defaults.clear()
+        if self.canaries.get(name, Canary("", 0)).version == version:
+            del self.canaries[name]
+        if self.shadows.get(name) == version:
+            del self.shadows[name]
+        if canary is not None:
+            self.canaries[name] = Canary(version, canary)
+        if is_shadow:
+            self.shadows[name] = version
+
     # ---- shadow ----
 
     def shadow(
@@ -314,19 +341,24 @@ class Models:
 
     # ---- internals ----
 
-    def _default(self, name: str) -> str:
+    def _default(self, name: str) -> Served:
         """Return the newest version that is neither canary nor shadow."""
+        if name in self._defaults:
+            return self._defaults[name]
         aside = {self.shadows.get(name)}
         if name in self.canaries:
             aside.add(self.canaries[name].version)
         versions = self.versions(name)
         usual = [version for version in versions if version not in aside]
-        return (usual or versions)[-1]
+        newest = (usual or versions)[-1]
+        self._defaults[name] = self._versions[name][newest]
+        return self._defaults[name]
 
     def _put(self, served: Served) -> None:
         versions = self._versions.setdefault(served.name, {})
         old = versions.get(served.version)
         versions[served.version] = served
+        self._defaults.clear()
         if old is not None:
             self._retire(old)
 

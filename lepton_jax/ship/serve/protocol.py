@@ -29,6 +29,7 @@ from lepton_jax.ship.serve.datatypes import (
     WITHOUT_JSON,
     from_bytes,
     from_json,
+    is_finite,
     to_bytes,
 )
 from lepton_jax.ship.serve.refusal import bad, broken, unknown
@@ -178,6 +179,7 @@ def write_response(
     version: str,
     outputs: Mapping[str, np.ndarray],
     datatypes: Mapping[str, Tensor],
+    parameters: Mapping[str, Any] | None = None,
 ) -> tuple[bytes, int | None]:
     """Return the body of the response to a request.
 
@@ -187,6 +189,7 @@ def write_response(
       version: of the model.
       outputs: arrays by name.
       datatypes: the signature's outputs.
+      parameters: of the response; None: there are none.
 
     Returns:
       The bytes, and how many of them are JSON; None: all.
@@ -215,6 +218,8 @@ def write_response(
     response: dict[str, Any] = {"model_name": model, "model_version": version}
     if request.id is not None:
         response["id"] = request.id
+    if parameters:
+        response["parameters"] = parameters
     response["outputs"] = described
     head = orjson.dumps(response, option=ENCODING)
     if not blobs:
@@ -233,7 +238,7 @@ def finite(array: np.ndarray, name: str, request: Request) -> Any:
     if array.dtype.kind not in "iub":
         if array.dtype.itemsize < NARROWEST:
             array = array.astype(np.float32)
-        if not np.isfinite(array).all():
+        if not is_finite(array):
             raise _not_finite(name, request)
     return np.ascontiguousarray(array)
 
@@ -542,7 +547,7 @@ def _json_data(
     flat = np.ascontiguousarray(array).ravel()
     if tensor.datatype == BYTES:
         return [_text(element, tensor.name) for element in flat]
-    if tensor.datatype in FLOATS and not np.isfinite(flat).all():
+    if tensor.datatype in FLOATS and not is_finite(flat):
         raise _not_finite(tensor.name, request)
     return flat
 

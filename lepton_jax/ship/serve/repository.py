@@ -22,7 +22,7 @@ from lepton_jax.errors import LeptonError
 from lepton_jax.ship.serve.answering import Answer
 from lepton_jax.ship.serve.application import Call, Handler, as_json, read_body
 from lepton_jax.ship.serve.guards import Guards
-from lepton_jax.ship.serve.models import Canary, Models
+from lepton_jax.ship.serve.models import Models
 from lepton_jax.ship.serve.protocol import parse_json
 from lepton_jax.ship.serve.refusal import bad
 
@@ -72,7 +72,9 @@ class Repository:
             if artifact.manifest.name != name:
                 raise bad(f"{place} holds the model {artifact.manifest.name!r}")
             version = str(artifact.manifest.version)
-            self._set_aside(name, version, canary, parameters)
+            # said before it is loaded, so that it gets no request too many
+            is_shadow = parameters.get("shadow") is True
+            self.models.set_aside(name, version, canary, is_shadow)
             await self.models.load(artifact, place)
         except LeptonError as error:
             where = f" ({error.where})" if error.where else ""
@@ -102,27 +104,6 @@ class Repository:
         if place is None:
             raise bad(f"model {name!r} was not loaded from a file; name its 'place'")
         return place
-
-    def _set_aside(
-        self,
-        name: str,
-        version: str,
-        canary: float | None,
-        parameters: Mapping[str, Any],
-    ) -> None:
-        """Say what share of the requests a version gets; by default, all.
-
-        This is said before it is loaded, so that it gets none too many.
-        """
-        models = self.models
-        if models.canaries.get(name, Canary("", 0)).version == version:
-            del models.canaries[name]
-        if models.shadows.get(name) == version:
-            del models.shadows[name]
-        if canary is not None:
-            models.canaries[name] = Canary(version, canary)
-        if parameters.get("shadow") is True:
-            models.shadows[name] = version
 
 
 def _parameters(body: bytes) -> Mapping[str, Any]:

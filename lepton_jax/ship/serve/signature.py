@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from lepton_jax.errors import ModelError
-from lepton_jax.ship.serve.datatypes import BYTES, datatype_of
+from lepton_jax.ship.serve.datatypes import BYTES, FLOATS, datatype_of
 
 BATCH = -1  # extent of the dim of rows
 LABEL = "label"  # output: the prediction in words
+OUTPUTS = "outputs"  # the model's own outputs, or the beginning of their names
+PREDICTION = "prediction"  # the same of what is made of them
 NUMBER = "number"  # kind of a column
 
 
@@ -49,7 +51,7 @@ class Tensor:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Signature:
     """What a model takes and returns.
 
@@ -77,6 +79,19 @@ class Signature:
             _by_name(_tensor(part) for part in artifact.inputs),
             _by_name(_column(column) for column in artifact.columns),
             _by_name(outputs),
+        )
+
+    @cached_property
+    def hidden(self) -> tuple[str, ...]:
+        """The outputs whose NaN a prediction of whole numbers would hide."""
+        hides = any(
+            name.startswith(PREDICTION) and tensor.datatype not in FLOATS
+            for name, tensor in self.outputs.items()
+        )
+        return tuple(
+            name
+            for name, tensor in self.outputs.items()
+            if hides and name.startswith(OUTPUTS) and tensor.datatype in FLOATS
         )
 
     @property
@@ -119,7 +134,7 @@ def _has_words(artifact: Any) -> bool:
     if not artifact.manifest.labels:
         return False
     return any(
-        part.name == "prediction"
+        part.name == PREDICTION
         and len(part.shape) == 1
         and np.dtype(part.dtype).kind in "iu"
         for part in artifact.outputs
