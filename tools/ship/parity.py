@@ -178,12 +178,14 @@ def _opened_elsewhere(
         )
     with np.load(outputs, allow_pickle=False) as file:
         found = {name: file[name] for name in file.files}
+    refused = int(found.pop("refused"))
     result = compared(LEPTON, artifact.stored.outputs, found).to_fields()
     left = artifact.measure(artifact.stored.outputs)
     right = artifact.measure(found)
     return result | {
         "are_raw": artifact.stored.rows is not None,
-        "refused": int(found["refused"]),
+        "refused": refused,
+        "runtime": "Lepton, without recipes and models",
         "metrics": {name: (value, right[name]) for name, value in left.items()},
         "notes": list(artifact.manifest.notes),
     }

@@ -64,8 +64,8 @@ class LiteRT(Target):
         reasons = super().refusals(source, options)
         if not source.is_live:
             reasons.append(
-                "some operations have to be replaced for LiteRT in the model's own code,"
-                " and an artifact holds none: export the run"
+                "some operations have to be replaced for LiteRT in the model's own"
+                " code, and an artifact holds none: export the run"
             )
         return reasons
 
