@@ -11,6 +11,7 @@ import jax
 
 from lepton_jax.compat import source_line
 from lepton_jax.ship.export import inlined
+from lepton_jax.ship.export.rules import POOLING
 from lepton_jax.ship.export.target import (
     Options,
     Source,
@@ -103,7 +104,7 @@ def _operations(source: Source, inputs: list[Any]) -> Callable[..., Any]:
     program = jax.make_jaxpr(source.closed())(*inputs)
 
     def function(*arrays: Any) -> tuple[Any, ...]:
-        return tuple(inlined.run(program, arrays))
+        return tuple(inlined.run(program, arrays, rules=POOLING))
 
     return function
 
@@ -118,6 +119,6 @@ def _unknown(source: Source) -> list[str]:
     found: dict[str, str] = {}
     for eqn, callers in inlined.equations(program):
         name = eqn.primitive.name
-        if name not in system.PLUGIN_REGISTRY:
+        if name not in POOLING and name not in system.PLUGIN_REGISTRY:
             found.setdefault(name, source_line(eqn, callers))
     return [f"{name} ({line})" for name, line in found.items()]

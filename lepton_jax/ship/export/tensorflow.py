@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lepton_jax.ship.export import inlined
+from lepton_jax.ship.export.rules import ARGMAX
 from lepton_jax.ship.export.target import (
     Options,
     Source,
@@ -110,28 +110,9 @@ def _portable(source: Source, batch: int | None) -> Callable[..., Any]:
     program = jax.make_jaxpr(source.closed())(*source.shapes(batch).values())
 
     def function(*arrays: Any) -> tuple[Any, ...]:
-        return tuple(inlined.run(program, arrays, rules=RULES))
+        return tuple(inlined.run(program, arrays, rules=ARGMAX))
 
     return function
-
-
-def _argmax(operands: list[Any], params: Any) -> list[Any]:
-    """Return the first position of the largest value, as `lax.argmax` does.
-
-    XLA's own is a reduction of pairs, which the converter of TensorFlow 2.21 refuses.
-    NaN counts as the largest.
-    """
-    (values,) = operands
-    (axis,) = params["axes"]
-    most = jnp.max(values, axis=axis, keepdims=True)
-    is_most = (values == most) | (values != values)
-    size = values.shape[axis]
-    positions = jax.lax.broadcasted_iota(jnp.int32, values.shape, axis)
-    first = jnp.min(jnp.where(is_most, positions, size), axis=axis)
-    return [first.astype(params["index_dtype"])]
-
-
-RULES = {"argmax": _argmax}
 
 
 def _save(
