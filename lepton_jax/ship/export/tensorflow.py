@@ -42,11 +42,21 @@ class SavedModel(Target):
         """Whether TensorFlow reads the dynamic shapes that this JAX writes."""
         return _jax_version() < FIRST_WITHOUT_DYNAMIC
 
-    def write(self, source: Source, folder: Path, options: Options) -> None:
+    def write(
+        self,
+        source: Source,
+        folder: Path,
+        options: Options,
+    ) -> None:
         """See `Target.write`."""
         batch = self.batch_of(source, options)
         with _one_error(self.name):
-            _save(source, folder / SAVED, batch, source.closed())
+            _save(
+                source,
+                folder / SAVED,
+                batch,
+                source.closed(),
+            )
         write_signature(self.name, source, folder, batch)
 
 
@@ -59,7 +69,11 @@ class LiteRT(Target):
     modules = ("tensorflow", "jax.experimental.jax2tf", "ai_edge_litert.interpreter")
     has_any_batch = False
 
-    def refusals(self, source: Source, options: Options) -> list[str]:
+    def refusals(
+        self,
+        source: Source,
+        options: Options,
+    ) -> list[str]:
         """See `Target.refusals`."""
         reasons = super().refusals(source, options)
         if not source.is_live:
@@ -69,12 +83,22 @@ class LiteRT(Target):
             )
         return reasons
 
-    def write(self, source: Source, folder: Path, options: Options) -> None:
+    def write(
+        self,
+        source: Source,
+        folder: Path,
+        options: Options,
+    ) -> None:
         """See `Target.write`."""
         tf = _tensorflow("--to litert")
         batch = self.batch_of(source, options)
         with tempfile.TemporaryDirectory() as place, _one_error(self.name):
-            _save(source, Path(place), batch, _portable(source, batch))
+            _save(
+                source,
+                Path(place),
+                batch,
+                _portable(source, batch),
+            )
             converter = tf.lite.TFLiteConverter.from_saved_model(place)
             content = converter.convert()
         (folder / "model.tflite").write_bytes(content)
@@ -93,7 +117,12 @@ class _one_error:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self,
+        kind: Any,
+        error: BaseException | None,
+        trace: Any,
+    ) -> None:
         if isinstance(error, Exception):
             raise failed(self.target, error) from error
 
@@ -103,14 +132,23 @@ def _tensorflow(purpose: str) -> Any:
     return needs("tensorflow", extra=EXTRA, purpose=purpose)
 
 
-def _portable(source: Source, batch: int | None) -> Callable[..., Any]:
+def _portable(
+    source: Source,
+    batch: int | None,
+) -> Callable[..., Any]:
     """Return a model of operations that TensorFlow Lite has."""
     if not source.is_live or batch is None:
         return source.closed()
     program = jax.make_jaxpr(source.closed())(*source.shapes(batch).values())
 
     def function(*arrays: Any) -> tuple[Any, ...]:
-        return tuple(inlined.run(program, arrays, rules=ARGMAX))
+        return tuple(
+            inlined.run(
+                program,
+                arrays,
+                rules=ARGMAX,
+            )
+        )
 
     return function
 
@@ -142,19 +180,36 @@ def _save(
         input_signature=_specs(tf, source, batch),
     )
     concrete = module.run.get_concrete_function()
-    tf.saved_model.save(module, str(place), signatures={"serving_default": concrete})
+    tf.saved_model.save(
+        module,
+        str(place),
+        signatures={"serving_default": concrete},
+    )
 
 
-def _by_name(source: Source, convert: Callable[..., Any]) -> Callable[..., Any]:
+def _by_name(
+    source: Source,
+    convert: Callable[..., Any],
+) -> Callable[..., Any]:
     names = [word(tensor.name) for tensor in source.outputs]
 
     def run(*inputs: Any) -> dict[str, Any]:
-        return dict(zip(names, convert(*inputs), strict=True))
+        return dict(
+            zip(
+                names,
+                convert(*inputs),
+                strict=True,
+            )
+        )
 
     return run
 
 
-def _specs(tf: Any, source: Source, batch: int | None) -> list[Any]:
+def _specs(
+    tf: Any,
+    source: Source,
+    batch: int | None,
+) -> list[Any]:
     return [
         tf.TensorSpec(
             (batch, *tensor.shape[1:]),
