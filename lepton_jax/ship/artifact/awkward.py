@@ -31,12 +31,28 @@ def awkward_rows(rows: Any, most: int) -> Any:
       A table with the same columns, which may have no rows.
     """
     cells = list(_cells(rows))
-    step = max(1, -(-len(cells) // max(1, most)))
+    step = max(
+        1,
+        -(
+            -len(cells)
+            // max(
+                1,
+                most,
+            )
+        ),
+    )
     made = []
     for number, (column, value) in enumerate(cells[::step][:most]):
-        row = rows.row(number % rows.height, named=True)
+        row = rows.row(
+            number % rows.height,
+            named=True,
+        )
         made.append({**row, column: value})
-    return type(rows)(made, schema=rows.schema, orient="row")
+    return type(rows)(
+        made,
+        schema=rows.schema,
+        orient="row",
+    )
 
 
 # ---- internals ----
