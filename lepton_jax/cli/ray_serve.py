@@ -37,7 +37,8 @@ def application(args: Mapping[str, Any]) -> Any:
     class Replica:
         """A server of artifacts, without its socket."""
 
-        async def __init__(
+        # Ray waits for it, which no type says
+        async def __init__(  # type: ignore[misc]
             self,
             artifacts: Sequence[str],
             arguments: Sequence[str],
