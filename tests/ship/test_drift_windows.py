@@ -16,7 +16,7 @@ from lepton_jax.monitor.energy import EnergyMeter, Found
 from lepton_jax.ship.watch import Meter
 from lepton_jax.ship.watch.meter import ModelMeter, tallies_of
 from lepton_jax.ship.watch.reference import Reference, of_arrays, of_table
-from lepton_jax.ship.watch.tallies import LONGEST_LINE, Tallies
+from lepton_jax.ship.watch.tallies import LONGEST_LINE, MOST_CELLS, Tallies
 from lepton_jax.ship.watch.window import LONGEST, PARTS, Window
 from tests.ship import artifacts
 
@@ -198,6 +198,14 @@ def test_a_server_under_load_counts_a_sample_and_says_how_many_it_left_out():
     assert LONGEST_LINE <= tallies._rows <= LONGEST_LINE + 100
     tallies.count()
     assert tallies.counted + tallies.skipped == 10_000
+
+
+def test_rows_of_many_columns_are_counted_less_often():
+    wide = of_table(pl.DataFrame({f"x{k}": [0.0, 1.0, 2.0] for k in range(1_000)}))
+    tallies = Tallies(wide)
+    for _ in range(100):
+        tallies.add_rows([{"x1": 1.0}] * 10)
+    assert MOST_CELLS // 1_000 <= tallies._rows < MOST_CELLS // 1_000 + 10
 
 
 def test_pictures_drift_by_what_stands_for_them():
