@@ -54,6 +54,7 @@ class Standin:
     limits: tuple = ()
     profile: object = None
     training: object = None
+    meeting: str | None = None
     serving: object = None
 
     @property
@@ -62,7 +63,7 @@ class Standin:
             name=self.name,
             version=self.version,
             labels=self.labels,
-            meeting=None,
+            meeting=self.meeting,
             batch_size=8,
             limits=self.limits,
             metrics={},

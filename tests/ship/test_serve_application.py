@@ -475,6 +475,36 @@ def test_a_model_that_departs_from_its_trainer_is_not_served():
         asyncio.run(run())
 
 
+def test_where_rows_meet_each_request_has_a_batch_of_its_own_size():
+    artifact = standins.linear()
+    artifact.meeting = "a mean over the batch"
+
+    def function(arrays):
+        inputs = arrays["inputs"]
+        outputs = inputs - inputs.mean(0)
+        return {"outputs": outputs, "prediction": outputs.argmax(1).astype("int32")}
+
+    artifact.function = function
+
+    async def run():
+        async with served(artifact) as client:
+            path = "/v2/models/linear/infer"
+            bodies = [
+                {"inputs": [tensor(*([i, 0, 0] for i in range(rows)))]}
+                for rows in (1, 2, 3, 5)
+            ]
+            asked = [Client(client.application)("POST", path, b) for b in bodies]
+            answers = await asyncio.gather(*asked)
+            _, model = await client("GET", "/v2/models/linear")
+            assert model["parameters"]["rows_share_batches"] is False
+            return answers
+
+    for rows, (status, answer) in zip((1, 2, 3, 5), asyncio.run(run()), strict=True):
+        assert status == 200
+        first = np.reshape(answer["outputs"][0]["data"], (rows, 3))[:, 0]
+        np.testing.assert_allclose(first, np.arange(rows) - (rows - 1) / 2)
+
+
 @ask(standins.linear)
 async def test_the_description_names_every_route(client):
     status, description = await client("GET", "/openapi.json")

@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=["load", "kills", "conformance"])
+    parser.add_argument("command", choices=["load", "kills", "conformance", "page"])
     parser.add_argument("artifact", type=Path, help="its folder")
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--seed", type=int, default=0)
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         help="open_inference_rest.yaml of github.com/kserve/open-inference-protocol",
     )
     parser.add_argument("--triton", help="a Python that has tritonclient[http]")
+    parser.add_argument("--png", type=Path, help="file for a picture of the page")
     parser.add_argument("--schemathesis", help="the program schemathesis")
     return parser
 
@@ -87,6 +88,10 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         from tools.siege.kills import kill_often
 
         return kill_often(options.artifact, options.count, options.seed)
+    if options.command == "page":
+        from tools.siege.page import try_page
+
+        return try_page(options.artifact, options.png)
     from tools.siege.conformance import conform
 
     return conform(

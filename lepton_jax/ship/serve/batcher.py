@@ -324,7 +324,7 @@ class Batcher:
         batch = self._take()
         if batch is None:
             return
-        if self.ladder.seconds[batch.size] <= QUICK:
+        if self.ladder.is_quick(batch.size, QUICK):
             self._compute(batch)
             self._settle(batch)
             self._plan()

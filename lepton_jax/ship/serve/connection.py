@@ -45,11 +45,14 @@ class Door:
     """What all connections of a server know.
 
     Attributes:
-      is_leaving: whether the server ends.
+      is_leaving: whether the server ends; answers say `Connection: close` then.
+      closed: when nobody new was let in any more, by `time.monotonic()`; from then on
+        quiet connections are closed.
       most: connections at once.
     """
 
     is_leaving: bool = False
+    closed: float | None = None
     most: int = MOST_CONNECTIONS
 
 
@@ -133,12 +136,12 @@ class Connection(HttpToolsProtocol):
         if is_slow and self._is_between():
             self.transport.close()
             return
-        if not self._is_between() or not self.door.is_leaving:
+        closed = self.door.closed
+        if closed is None or not self._is_between() or self._head:
             return
-        has_begun = self._head > 0
-        if has_begun or now - self._quiet < QUIET_SECONDS or self._has_bytes():
-            return
-        self.transport.close()
+        quiet = now - max(self._quiet, closed)
+        if quiet > QUIET_SECONDS and not self._has_bytes():
+            self.transport.close()
 
     # ---- internals ----
 

@@ -50,6 +50,10 @@ class Ladder:
         """Return the smallest size that holds all of some rows, at most the largest."""
         return self.sizes[bisect.bisect_left(self.sizes, rows)]
 
+    def is_quick(self, size: int, seconds: float) -> bool:
+        """Whether a run of a size takes no longer than some seconds."""
+        return self.seconds[size] <= seconds
+
     def total(self, rows: int) -> float:
         """Return the seconds that it takes to run some rows."""
         whole = max(0, -(-(rows - self.largest) // self.best))

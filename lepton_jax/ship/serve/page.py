@@ -110,22 +110,11 @@ def picture_of(
     size = _size(tensor)
     if size is None:
         return None
-    height, width, channels = size
     pixels = stored.get(tensor.name)
-    if pixels is None or not pixels.size:
-        is_byte = tensor.datatype == "UINT8"
-        high = 255.0 if is_byte else 1.0
-        return Picture(tensor.name, *size, 0.0, high, 0.0, 1.0)
-
-    values = np.asarray(pixels, np.float32).reshape(-1, height, width, channels)
-    gray = values.mean(axis=3)
-    low = float(values.min())
-    high = float(values.max())
-    rim = np.concatenate([gray[:, [0, -1]].ravel(), gray[:, :, [0, -1]].ravel()])
-    is_light = float(np.median(rim)) > (low + high) / 2
-    background = high if is_light else low
-    inked = np.abs(gray - background) > INK * (high - low)
-    return Picture(tensor.name, *size, low, high, background, _span(inked))
+    if pixels is not None and pixels.size:
+        return _as_stored(tensor.name, size, pixels)
+    high = 255.0 if tensor.datatype == "UINT8" else 1.0
+    return Picture(tensor.name, *size, 0.0, high, 0.0, 1.0)
 
 
 def example_of(stored: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
@@ -138,6 +127,25 @@ def example_of(stored: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
 
 
 # ---- internals ----
+
+
+def _as_stored(
+    name: str,
+    size: tuple[int, int, int],
+    stored: np.ndarray,
+) -> Picture:
+    """Return a picture whose values and place are those of stored ones."""
+    pixels = np.asarray(stored, np.float32).reshape(-1, *size)
+    low = float(pixels.min())
+    high = float(pixels.max())
+    gray = pixels.mean(axis=3)
+    rows = gray[:, [0, -1]]
+    columns = gray[:, :, [0, -1]]
+    rim = np.concatenate([rows.ravel(), columns.ravel()])
+    is_light = float(np.median(rim)) > (low + high) / 2
+    background = high if is_light else low
+    inked = np.abs(gray - background) > INK * (high - low)
+    return Picture(name, *size, low, high, background, _span(inked))
 
 
 def _size(tensor: Tensor) -> tuple[int, int, int] | None:

@@ -270,6 +270,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(KNOCK)
         for server in self.servers:
             server.close()
+        self._door.closed = time.monotonic()
 
     async def _drain(self) -> None:
         """Wait until all is answered and each connection has ended."""

@@ -235,6 +235,10 @@ class AsTrained(Ladder):
         """Return the rows: a batch that is filled up predicts something else."""
         return rows
 
+    def is_quick(self, size: int, seconds: float) -> bool:
+        """Whether a size takes no longer; one that is not compiled yet does."""
+        return self.seconds.get(size, np.inf) <= seconds
+
 
 def _warm_as_trained(artifact: Any, is_stopped: Callable[[], bool]) -> Warm:
     """Make a model ready in which the rows of a batch meet.
