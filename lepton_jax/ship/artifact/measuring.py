@@ -46,7 +46,7 @@ def exported_metrics(
     lost = [
         name
         for name in named(
-            trace.outputs,
+            outputs_of(trace, trace.inputs),
             OUTPUTS,
         )
         if name not in model.dims
