@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,8 +147,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.data,
                 options.runtimes,
             )
-        except LeptonError as error:
-            found = {LEPTON: {"refused_because": error.what}}
+        except Exception as error:  # of one case: the others go on
+            traceback.print_exc()
+            found = {LEPTON: {"failed": repr(error)}}
+            failed += 1
         failed += sum(
             not result.get(
                 "passes",

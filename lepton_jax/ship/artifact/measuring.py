@@ -16,6 +16,7 @@ from jax import export
 
 from lepton_jax import losses
 from lepton_jax.compat import without_paths
+from lepton_jax.planner.program.evaluation import outputs_of
 from lepton_jax.ship.artifact.signature import OUTPUTS, named
 from lepton_jax.ship.artifact.tracing import BATCH, PLATFORMS, Traced
 
@@ -45,7 +46,7 @@ def exported_metrics(
     lost = [
         name
         for name in named(
-            trace.outputs,
+            outputs_of(trace, trace.inputs),
             OUTPUTS,
         )
         if name not in model.dims
@@ -107,7 +108,7 @@ class _Measure:
         self._recipe = trainer.recipe
         self._whole = tuple(program.evaluation.whole)
         self._dims = model.dims
-        self._outputs = program.trace.outputs
+        self._outputs = outputs_of(program.trace, program.trace.inputs)
         self._targets = program.trace.targets
 
     def shapes(

@@ -167,8 +167,8 @@ def _told_apart(
     rows: Any,
 ) -> tuple[Any, Any]:
     """Return the rows that the trainer predicts, and those that it refuses."""
-    if not rows.height:
-        return rows, rows
+    if not rows.height or _takes(trainer, rows):
+        return rows, rows.head(0)
     takes = [
         _takes(
             trainer,
@@ -180,9 +180,9 @@ def _told_apart(
     return rows.filter(taken), rows.filter(~taken)
 
 
-def _takes(trainer: Any, row: Any) -> bool:
+def _takes(trainer: Any, rows: Any) -> bool:
     try:
-        trainer.predict(row)
+        trainer.predict(rows)
     except DataError:  # a step drops it, or the outputs would hold NaN
         return False
     return True

@@ -24,6 +24,7 @@ from lepton_jax.compat import whole_axes, without_paths
 from lepton_jax.controller import select_weights
 from lepton_jax.errors import ModelError
 from lepton_jax.planner import evaluated
+from lepton_jax.planner.program.evaluation import outputs_of
 from lepton_jax.ship.artifact.signature import (
     ANY,
     OUTPUTS,
@@ -240,7 +241,7 @@ def _with_rows(trainer: Any) -> tuple[dict[str, int], list[str]]:
     """Return the outputs that have one dim for samples, with it, and why others not."""
     program = trainer.program
     prediction = program.prediction()
-    batch = program.trace.outputs
+    batch = outputs_of(program.trace, program.trace.inputs)
     decoded = jax.eval_shape(
         decoder_of(trainer.recipe),
         batch,
