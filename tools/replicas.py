@@ -38,10 +38,10 @@ from tools.every_row import ROOT, save_trained
 
 PORT = 8_321
 CLIENTS = 2
-ROWS = 1_500  # of each client
+ROWS = 600  # of each client
 PAUSE = 0.01  # seconds between two rows of a client
 MIDDLE = 0.4  # share of the rows that are answered when the node is killed
-PATIENCE = 120  # seconds for the replicas to be there, and for a row to be answered
+PATIENCE = 400  # seconds for the replicas to be there, and for a row to be answered
 TIMEOUT = 5  # seconds of one attempt
 SEED = 0
 NEAR = 1e-5  # between a replica's outputs and the artifact's here
@@ -168,7 +168,13 @@ def deploy(artifact: Path, file: Path, first: Any) -> None:
     Raises:
       LeptonError: the client refuses, or they don't come.
     """
-    asked = Deployment("signs", (str(artifact),), least=2, most=2)
+    asked = Deployment(
+        "signs",
+        (str(artifact),),
+        least=2,
+        most=2,
+        arguments=("--batch=1,4",),
+    )
     made = config(asked)
     made["http_options"] = {"host": "127.0.0.1", "port": PORT}
     made["proxy_location"] = "HeadOnly"
