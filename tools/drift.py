@@ -35,7 +35,7 @@ DATA = Path("../shared/data/adult")
 TARGET = "income"
 NUMBERS = ("age", "weight", "years", "gain", "loss", "hours")
 RESAMPLES = 100
-WINDOWS = (100, 500, 5_000)  # rows
+WINDOWS = (100, 500, 1_000, 5_000)  # rows
 CHUNK = 1_000  # rows of a request
 SEED = 0
 RULE_OF_THUMB = 0.1  # of the population stability index
@@ -63,6 +63,7 @@ def _parser() -> Parser:
     parser = Parser(prog="python -m tools.drift", description=__doc__)
     add = parser.add_argument
     add("--data", type=Path, default=DATA, metavar="FOLDER")
+    add("--windows", type=int, nargs="+", default=WINDOWS, metavar="ROWS")
     add("--resamples", type=int, default=RESAMPLES, metavar="N")
     add("--seed", type=int, default=SEED, metavar="N")
     add("--json", type=Path, metavar="FILE")
@@ -75,7 +76,7 @@ def campaign(options: argparse.Namespace) -> list[dict[str, Any]]:
     later = read(options.data / "adult.test.gz")
     chance = np.random.default_rng(options.seed)
     results = []
-    for rows in WINDOWS:
+    for rows in options.windows:
         for name, (column, what, change) in CHANGES.items():
             windows = [
                 moved(reference, change(_drawn(later, rows, chance), chance), rows)

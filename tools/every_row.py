@@ -115,7 +115,7 @@ class Work:
         self.rows = rows
         self.artifact = folder / "model.lepton"
         self.data = folder / "rows"
-        _save_trained(self.artifact)
+        save_trained(self.artifact)
         self._write()
 
     def start(self, out: str, *more: str) -> subprocess.Popen:
@@ -204,7 +204,7 @@ def files_of(folder: Path) -> dict[str, str]:
     }
 
 
-def _save_trained(place: Path) -> None:
+def save_trained(place: Path) -> None:
     """Train a small model of four columns, and save its artifact."""
     from lepton_jax.data.prepare import Preparation, Serving, prepare
     from lepton_jax.data.prepare.steps.categories import Classes

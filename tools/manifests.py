@@ -9,7 +9,8 @@ Manifests of many kinds of requests are rendered, and validated:
 - KServe: by its CustomResourceDefinitions, in FOLDER: `config/crd/full` of its
   repository; unknown fields are errors here, too;
 - Ray Serve: by the class that Ray itself reads a configuration with;
-- container files: by hadolint.
+- container files: by hadolint;
+- alert rules: by promtool, which also runs their unit tests.
 
 What is not installed or not given is "not checked", by name.
 """
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _kserve(options.crds),
         _ray(),
         _container_files(),
+        _alerts(),
     ]
     for row in results:
         print(json.dumps(row))
@@ -234,6 +236,41 @@ def _container_files() -> dict[str, Any]:
         "checked": True,
         "by": said.stdout.strip(),
         "documents": len(CONTAINER_FILES),
+        "wrong": wrong,
+    }
+
+
+def _alerts() -> dict[str, Any]:
+    tool = shutil.which("promtool")
+    if tool is None:
+        return {"what": "alert rules", "checked": False, "why": "promtool"}
+    folder = ROOT / "docs" / "monitoring"
+    commands = (
+        ["check", "rules", "alerts.yaml"],
+        ["test", "rules", "alerts.test.yaml"],
+    )
+    wrong = []
+    for command in commands:
+        done = subprocess.run(
+            [tool, *command],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            wrong.append(f"{done.stdout}{done.stderr}".strip())
+    said = subprocess.run(
+        [tool, "--version"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "what": "alert rules",
+        "checked": True,
+        "by": said.stdout.splitlines()[0].partition(" (")[0],
+        "documents": 1,
         "wrong": wrong,
     }
 

@@ -1,4 +1,5 @@
 # From the repository's root: docker build -f docs/kubernetes/serve.Dockerfile --build-arg EXTRAS=serve,data,image -t IMAGE .
+# docker run -p 8000:8000 -v $PWD:/models:ro IMAGE /models/digits.lepton
 # With an artifact inside: put COPY digits.lepton /models/digits.lepton before USER
 FROM python:3.12-slim AS build
 
@@ -31,4 +32,4 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=600s \
 
 # SIGTERM reaches the server itself: it answers what it has accepted, then ends
 ENTRYPOINT ["python3", "-m", "lepton_jax", "serve", "--host=0.0.0.0", "--port=8000"]
-CMD ["/models"]
+CMD ["--help"]

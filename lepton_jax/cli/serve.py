@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        options = _parser().parse_args(arguments)
+        options = parsed(arguments)
         if scale.wanted(options):
             named = [str(text) for text in options.artifacts]
             inside = scale.inside(arguments, named)
@@ -56,6 +56,15 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted before it listened", file=sys.stderr)
         return INTERRUPTED
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    """Return the options of a command line.
+
+    Raises:
+      SettingError: one is unknown or ill-typed.
+    """
+    return _parser().parse_args(arguments)
 
 
 # ---- internals ----
@@ -211,7 +220,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     chosen = options_of(options)
-    names = dict(_named(text) for text in options.artifacts)
+    names = dict(named(text) for text in options.artifacts)
     try:
         code = serve(list(names), partial(opened, names), chosen)
     except LeptonError as error:
@@ -251,7 +260,7 @@ def opened(names: Mapping[Path, str], place: Path) -> Any:
     return artifact
 
 
-def _named(text: str) -> tuple[Path, str]:
+def named(text: str) -> tuple[Path, str]:
     """Return the place of an artifact, and the name before it; "": its own."""
     path = path_of(text)
     return Path(path), text.removesuffix(path).removesuffix("=")

@@ -204,6 +204,12 @@ class EnergyMeter:
             return None
         return sum(self.read().values())
 
+    def told(self) -> dict[str, Any]:
+        """Return plain data: "joules" by counter, or why they are "not_measured"."""
+        if not self.found.measured:
+            return {"not_measured": "; ".join(self.found.reasons)}
+        return {"joules": self.read()}
+
     @property
     def watts(self) -> float | None:
         """Mean power of the last interval that was looked at; None: not measured."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def test_every_row_comes_out_once_however_the_data_is_cut(
     assert made["id"].to_list() == list(range(2 * ROWS)) and summary.rows == 2 * ROWS
     assert made.select("file", "row").n_unique() == made.height
     assert made["row"].to_list() == [*range(ROWS), *range(ROWS)]
-    model = batch.opened(str(places / "people.lepton"))
+    model = lepton.Artifact.open(places / "people.lepton")
     whole = pl.concat([pl.read_csv(places / f"rows-{k}.csv") for k in range(2)])
     assert made["prediction"].to_list() == model.predict(whole, words=True)
 
@@ -125,7 +126,7 @@ def test_data_that_is_wrong_as_a_whole_is_one_mistake(places, tmp_path, capsys):
 
 def test_arrays_are_predicted_as_rows_are(places, tmp_path):
     arrays = np.random.default_rng(0).normal(size=(50, 12)).astype(np.float32)
-    model = batch.opened(str(places / "numbers.lepton"))
+    model = lepton.Artifact.open(places / "numbers.lepton")
     expected = model.predict(arrays).tolist()
     np.save(tmp_path / "one.npy", arrays)
     np.savez(tmp_path / "named.npz", inputs=arrays)
@@ -163,6 +164,22 @@ def test_data_that_changes_meanwhile_is_noticed(places, tmp_path):
     data.write_bytes(data.read_bytes()[::-1])
     with pytest.raises(DataError):
         batch.predict_part(job, job.parts[1])
+
+
+def test_an_artifact_that_is_replaced_meanwhile_is_noticed(places, tmp_path):
+    artifact = tmp_path / "people.lepton"
+    shutil.copytree(places / "people.lepton", artifact)
+    asked = batch.Request(
+        str(artifact),
+        (str(places / "rows-0.csv"),),
+        str(tmp_path / "out"),
+    )
+    job = batch.plan(asked)
+    shutil.rmtree(artifact)
+    shutil.copytree(places / "numbers.lepton", artifact)
+    batch.opened.cache_clear()  # as in another worker
+    with pytest.raises(DataError, match="another artifact"):
+        batch.predict_part(job, job.parts[0])
 
 
 def test_a_part_that_is_missing_or_cut_short_is_noticed(places, tmp_path):

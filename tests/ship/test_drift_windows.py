@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -15,7 +16,7 @@ from lepton_jax.monitor.energy import EnergyMeter, Found
 from lepton_jax.ship.watch import Meter
 from lepton_jax.ship.watch.meter import ModelMeter, tallies_of
 from lepton_jax.ship.watch.reference import Reference, of_arrays, of_table
-from lepton_jax.ship.watch.tallies import LONGEST_LINE, Tallies
+from lepton_jax.ship.watch.tallies import LONGEST_LINE, MOST_CELLS, Tallies
 from lepton_jax.ship.watch.window import LONGEST, PARTS, Window
 from tests.ship import artifacts
 
@@ -58,8 +59,9 @@ def counted(table, rows=2_000):
 
 def shifted_model(meter):
     """Let a meter have a model whose rows have moved."""
-    tallies = counted(people(1_000, seed=1, older=12))
-    meter._models["people", "1"] = ModelMeter(meter, "people", "1", tallies)
+    model = ModelMeter(meter, "people", "1", REFERENCE.to_json())
+    model.rows(people(1_000, seed=1, older=12).to_dicts())
+    meter._models["people", "1"] = model
 
 
 def test_no_alarm_is_on_for_rows_like_training_s():
@@ -198,6 +200,14 @@ def test_a_server_under_load_counts_a_sample_and_says_how_many_it_left_out():
     assert tallies.counted + tallies.skipped == 10_000
 
 
+def test_rows_of_many_columns_are_counted_less_often():
+    wide = of_table(pl.DataFrame({f"x{k}": [0.0, 1.0, 2.0] for k in range(1_000)}))
+    tallies = Tallies(wide)
+    for _ in range(100):
+        tallies.add_rows([{"x1": 1.0}] * 10)
+    assert MOST_CELLS // 1_000 <= tallies._rows < MOST_CELLS // 1_000 + 10
+
+
 def test_pictures_drift_by_what_stands_for_them():
     draw = np.random.default_rng(0)
     training = {"image": draw.random((2_000, 12, 12, 1), np.float32)}
@@ -260,6 +270,19 @@ def test_an_artifact_brings_all_that_its_gauges_need(artifact):
     assert found["lepton_serve_drift_alarm", "hours", "missing"] == 1.0
     assert found["lepton_serve_drift_alarm", "age", "distribution"] == 0.0
     assert found["lepton_serve_drift_alarms", None, None] >= 3
+
+
+def test_an_artifact_that_takes_another_s_place_begins_a_window_of_its_own(artifact):
+    meter = Meter(energy=NOTHING)
+    first = meter.model("people", "1", artifact)
+    first.rows(people(10).to_dicts())
+    assert meter.model("people", "1") is first
+    assert meter.model("people", "1", artifact) is first
+    newer = SimpleNamespace(training=REFERENCE.to_json())
+    second = meter.model("people", "1", newer)
+    second.batch([1], size=1, seconds=0.1)
+    assert second is not first and second.tallies.moved() == []
+    meter.close()
 
 
 def test_rows_are_counted_by_a_thread_beside_the_server_s_work(artifact):

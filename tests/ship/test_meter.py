@@ -98,6 +98,7 @@ def test_what_a_server_tells_comes_out_as_metrics(meter):
     dear = value(meter, "price_per_1000_predictions", **where)
     assert dear == pytest.approx(0.5 * 1e-3 / 4 * 1000)
     assert samples(meter)["process_resident_memory_bytes", ()] > 0
+    assert value(meter, "device_info", device="cpu:0", kind="cpu") == 1
     assert not [name for name in names(meter) if name.endswith("_created")]
 
 

@@ -165,6 +165,7 @@ def test_an_unknown_field_is_an_error_in_a_strict_schema():
         ("k8s", {"artifacts": ("s3://b/d.lepton",)}, "does not fetch"),
         ("kserve", {"artifacts": ("/elsewhere/d.lepton",)}, "can't fetch"),
         ("kserve", {"volumes": (Volume("/disk", "/models"),)}, "can't fetch"),
+        ("kserve", {"artifacts": ("s3://bucket/digits.zip",)}, "as it is"),
         ("ray", {}, "means nothing to --on ray"),
     ],
 )

@@ -44,7 +44,12 @@ class Parts(NamedTuple):
     training: str | None = None
 
 
-def parts_of(trainer: Any, name: str | None, version: str, rows: Any) -> Parts:
+def parts_of(
+    trainer: Any,
+    name: str | None,
+    version: str,
+    rows: Any,
+) -> Parts:
     """Return the parts of the artifact of a trainer's model.
 
     Args:
@@ -83,7 +88,15 @@ def parts_of(trainer: Any, name: str | None, version: str, rows: Any) -> Parts:
         limits=_limits(trainer),
         meeting=trainer.program.prediction().meeting,
         batch_size=trainer.recipe.batch_size,
-        notes=(*model.left_out, *filter(None, [fault]), *_notes(trainer, stored, rows)),
+        notes=(
+            *model.left_out,
+            *filter(None, [fault]),
+            *_notes(
+                trainer,
+                stored,
+                rows,
+            ),
+        ),
     )
     profile = None if serving is None else serving.training_profile()
     return Parts(
@@ -130,7 +143,13 @@ def _metrics(trainer: Any) -> dict[str, float]:
         return {}
     measured = trainer.evaluate()
     names = ["loss", *trainer.recipe.metrics]
-    return dict(zip(names, map(float, measured), strict=True))
+    return dict(
+        zip(
+            names,
+            map(float, measured),
+            strict=True,
+        )
+    )
 
 
 def _recipe(trainer: Any) -> dict[str, Any]:
@@ -139,7 +158,12 @@ def _recipe(trainer: Any) -> dict[str, Any]:
     return {
         "name": trainer.recipe.name,
         "file": source.get("file"),
-        "settings": dict(source.get("settings", {})),
+        "settings": dict(
+            source.get(
+                "settings",
+                {},
+            )
+        ),
         "model": trainer.program.trace.functional.name,
         "run": None if trainer.run_dir is None else str(Path(trainer.run_dir)),
     }
@@ -154,7 +178,11 @@ def _limits(trainer: Any) -> tuple[dict[str, Any], ...]:
     )
 
 
-def _notes(trainer: Any, stored: Stored, rows: Any) -> list[str]:
+def _notes(
+    trainer: Any,
+    stored: Stored,
+    rows: Any,
+) -> list[str]:
     """Return what could not be had, and why."""
     notes = []
     is_asked = not isinstance(rows, int) or rows > 0

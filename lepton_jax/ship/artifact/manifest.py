@@ -77,7 +77,10 @@ class Manifest:
 
     def expiry(self) -> str:
         """Return with what the program opens, and until when, as a sentence."""
-        made_with = self.made["versions"].get("jax", "an unknown version")
+        made_with = self.made["versions"].get(
+            "jax",
+            "an unknown version",
+        )
         return (
             f"made with jax {made_with} on {self.made['when'][:10]}; it opens with"
             f" that version at any time, and with later ones until"
@@ -87,7 +90,14 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the manifest as text for `from_json`."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        return (
+            json.dumps(
+                asdict(self),
+                indent=1,
+                ensure_ascii=False,
+            )
+            + "\n"
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -100,9 +110,19 @@ class Manifest:
         known = {part.name for part in fields(cls)}
         given = {name: value for name, value in content.items() if name in known}
         for name, kind in PARTS.items():
-            given[name] = tuple(map(kind.from_fields, given[name]))
+            given[name] = tuple(
+                map(
+                    kind.from_fields,
+                    given[name],
+                )
+            )
         for name in ("labels", "limits", "sizes", "notes"):
-            given[name] = tuple(given.get(name, ()))
+            given[name] = tuple(
+                given.get(
+                    name,
+                    (),
+                )
+            )
         return cls(**given)
 
 

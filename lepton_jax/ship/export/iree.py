@@ -62,7 +62,11 @@ class IREE(Target):
     modules = ("iree.compiler.tools", "iree.runtime")
     has_any_batch = False
 
-    def refusals(self, source: Source, options: Options) -> list[str]:
+    def refusals(
+        self,
+        source: Source,
+        options: Options,
+    ) -> list[str]:
         """See `Target.refusals`."""
         if options.device not in DEVICES:
             raise SettingError(
@@ -73,7 +77,12 @@ class IREE(Target):
             )
         return super().refusals(source, options)
 
-    def write(self, source: Source, folder: Path, options: Options) -> None:
+    def write(
+        self,
+        source: Source,
+        folder: Path,
+        options: Options,
+    ) -> None:
         """See `Target.write`."""
         tools = needs("iree.compiler.tools", extra="edge", purpose="--to iree")
         device = DEVICES[options.device]

@@ -62,10 +62,16 @@ class Source:
     meeting: str | None
     name: str
 
-    def shapes(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+    def shapes(
+        self,
+        batch: int,
+    ) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the shapes of a batch, by name."""
         return {
-            tensor.name: jax.ShapeDtypeStruct((batch, *tensor.shape[1:]), tensor.dtype)
+            tensor.name: jax.ShapeDtypeStruct(
+                (batch, *tensor.shape[1:]),
+                tensor.dtype,
+            )
             for tensor in self.inputs
         }
 
@@ -77,13 +83,19 @@ class Source:
 
         def run(*arrays: Any) -> tuple[Any, ...]:
             names = [tensor.name for tensor in self.inputs]
-            outputs = self.run(self.weights, dict(zip(names, arrays, strict=True)))
+            outputs = self.run(
+                self.weights,
+                dict(zip(names, arrays, strict=True)),
+            )
             return tuple(outputs[tensor.name] for tensor in self.outputs)
 
         return run
 
 
-def source_of(artifact: Artifact, model: Traced | None = None) -> Source:
+def source_of(
+    artifact: Artifact,
+    model: Traced | None = None,
+) -> Source:
     """Return the source of an export.
 
     Args:
@@ -123,7 +135,11 @@ class Target:
     has_any_batch = True
     is_program = True
 
-    def refusals(self, source: Source, options: Options) -> list[str]:
+    def refusals(
+        self,
+        source: Source,
+        options: Options,
+    ) -> list[str]:
         """Return the reasons why a model can't be exported, before work starts."""
         reasons = []
         fixed = self.batch_of(source, options)
@@ -136,13 +152,22 @@ class Target:
             )
         return reasons
 
-    def batch_of(self, source: Source, options: Options) -> int | None:
+    def batch_of(
+        self,
+        source: Source,
+        options: Options,
+    ) -> int | None:
         """Return the batch size of what is written; None: any."""
         if options.batch is not None or self.has_any_batch:
             return options.batch
         return DEFAULT_BATCH
 
-    def write(self, source: Source, folder: Path, options: Options) -> None:
+    def write(
+        self,
+        source: Source,
+        folder: Path,
+        options: Options,
+    ) -> None:
         """Write a model into a folder, with `signature.json`.
 
         Raises:
@@ -180,7 +205,13 @@ def write_signature(
         "inputs": _entries(source.inputs, batch, words),
         "outputs": _entries(source.outputs, batch, words),
     }
-    (folder / SIGNATURE).write_text(json.dumps(content, indent=1) + "\n")
+    (folder / SIGNATURE).write_text(
+        json.dumps(
+            content,
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 def word(name: str) -> str:

@@ -31,14 +31,18 @@ from lepton_jax.data import readers
 from lepton_jax.data.prepare.store import (
     UNFINISHED,
     checksum,
-    key_of,
     read_json,
     replacing,
     write_json,
 )
 from lepton_jax.data.readers.counted import CountedReader
 from lepton_jax.data.readers.reader import ROW, Piece, Reader
-from lepton_jax.errors import DataError, LeptonError, SettingError
+from lepton_jax.errors import (
+    CheckpointError,
+    DataError,
+    LeptonError,
+    SettingError,
+)
 from lepton_jax.ship.artifact.artifact import Artifact
 from lepton_jax.ship.artifact.manifest import NAME
 
@@ -108,11 +112,13 @@ class Job:
       request: what is to be predicted.
       reader: of the data.
       parts: in their order.
+      key: of the artifact's content.
     """
 
     request: Request
     reader: Reader
     parts: tuple[Part, ...]
+    key: str
 
     def path(self, part: Part) -> Path:
         """Return where a part is written to."""
@@ -153,7 +159,8 @@ def plan(request: Request) -> Job:
       SettingError: the folder holds predictions of something else.
       CheckpointError: the artifact can't be opened.
     """
-    artifact = opened(request.artifact)
+    key = _key(request.artifact)
+    artifact = opened(request.artifact, key)
     dialect = {} if artifact.serving is None else dict(artifact.serving.reading)
     reader = readers.reader_of(list(request.data), **dialect)
     columns = [column.name for column in reader.columns()]
@@ -170,8 +177,8 @@ def plan(request: Request) -> Job:
             where=", ".join(request.data),
             remedy="name files with rows",
         )
-    job = Job(request, reader, tuple(parts))
-    _write_plan(job, artifact)
+    job = Job(request, reader, tuple(parts), key)
+    _write_plan(job)
     return job
 
 
@@ -183,12 +190,13 @@ def predict_part(job: Job, part: Part) -> int:
       part: one of its parts.
 
     Raises:
-      DataError: the data has changed, or most rows of the part can't be predicted.
+      DataError: the data or the artifact has changed, or most rows of the part can't
+        be predicted.
     """
     path = job.path(part)
     if path.exists():
         return _rows_of(path)
-    artifact = opened(job.request.artifact)
+    artifact = opened(job.request.artifact, job.key)
     rows = job.reader.read(part.piece)
     table = rows.table
     numbers = table[ROW].cast(pl.Int64) - part.first
@@ -258,8 +266,23 @@ def finish(job: Job) -> Summary:
 
 
 @lru_cache(maxsize=1)
-def opened(artifact: str) -> Artifact:
-    """Return an artifact; a worker opens and compiles it once for all its parts."""
+def opened(artifact: str, key: str) -> Artifact:
+    """Return an artifact; a worker opens and compiles it once for all its parts.
+
+    Args:
+      artifact: its path.
+      key: of the content that the plan was made for.
+
+    Raises:
+      DataError: another one lies there by now.
+      CheckpointError: it can't be opened.
+    """
+    if _key(artifact) != key:
+        raise DataError(
+            "another artifact lies there than the one that the plan was made for",
+            where=artifact,
+            remedy="put it back, or predict into another folder: --out DIR",
+        )
     return Artifact.open(artifact)
 
 
@@ -427,12 +450,12 @@ def _nulls(like: pl.Series, count: int) -> pl.Series:
 # ---- the plan ----
 
 
-def _write_plan(job: Job, artifact: Artifact) -> None:
+def _write_plan(job: Job) -> None:
     """Write the plan, or check the one that is there."""
     out = Path(job.request.out)
     content = {
         "format": FORMAT,
-        "artifact": key_of(artifact.manifest.to_json(), _digest(job.request.artifact)),
+        "artifact": job.key,
         "keep": list(job.request.keep),
         "outputs": job.request.outputs,
         "parts": [
@@ -467,10 +490,22 @@ def _write_plan(job: Job, artifact: Artifact) -> None:
         )
 
 
-def _digest(artifact: str) -> str:
-    """Return a hash of an artifact's content."""
+def _key(artifact: str) -> str:
+    """Return a hash of an artifact: its manifest holds the checksums of its files.
+
+    Raises:
+      CheckpointError: there is none.
+    """
     path = Path(artifact)
-    return checksum(path / NAME if path.is_dir() else path)
+    file = path / NAME if path.is_dir() else path
+    try:
+        return checksum(file)
+    except OSError as error:
+        raise CheckpointError(
+            f"the artifact can't be read: {error.strerror or error}",
+            where=file,
+            remedy="name one that `lepton export` has written",
+        ) from error
 
 
 def _check_kept(keep: Sequence[str], columns: Sequence[str]) -> None:

@@ -38,6 +38,7 @@ PORT_NAME = "http1"  # Knative's word for HTTP that is not version 2
 FORMAT = "lepton"
 FORMAT_VERSION = "1"
 PVC = "pvc://"
+ZIP = ".zip"
 
 
 def client(deployment: Deployment, file: Path) -> list[str]:
@@ -139,9 +140,16 @@ def _uri(deployment: Deployment, artifact: str) -> str:
     """Return an artifact's URI: its own, or that of its place on a claim.
 
     Raises:
-      SettingError: it is a path that is on no claim.
+      SettingError: it is a path that is on no claim, or a zip file.
     """
     path = path_of(artifact)
+    if path.endswith(ZIP):
+        raise SettingError(
+            f"KServe puts {path} into a folder as it is, and the runtime looks for the"
+            " artifact there",
+            where="command line, ARTIFACT",
+            remedy="export the artifact as a folder: lepton export RUN -o NAME.lepton",
+        )
     if URI.fullmatch(path):
         return path
     for volume in deployment.volumes:

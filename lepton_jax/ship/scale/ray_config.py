@@ -20,7 +20,7 @@ from lepton_jax.ship.scale.deployment import (
 from lepton_jax.ship.scale.documents import as_yaml
 
 SUFFIX = ".yaml"
-APPLICATION = "lepton_jax.ship.scale.ray_serve:application"
+APPLICATION = "lepton_jax.cli.ray_serve:application"
 REPLICA = "Replica"  # of Ray's deployment in the application
 # Requests that a replica has at once before Ray sends it no more: its own queue says
 # 503 first. Assumption.

@@ -220,6 +220,8 @@ class Models:
         versions = self._versions[name]
         for key in [version] if version else list(versions):
             self._retire(versions.pop(key))
+            if self._meter is not None:
+                self._meter.forget(name, key)
         if not versions:
             del self._versions[name]
 

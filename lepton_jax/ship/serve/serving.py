@@ -89,7 +89,7 @@ def serve(
     port = listener.getsockname()[1]
 
     application = build(options, open_artifact)
-    loader = _Loader(application.models, places, open_artifact)
+    loader = Loader(application.models, places, open_artifact)
     server = Server(application, options.listening, listener, loader)
     scheme = "http" if options.listening.certificate is None else "https"
     host = options.listening.host
@@ -127,7 +127,7 @@ def build(
     )
 
 
-class _Loader:
+class Loader:
     """Loads the artifacts: all at first, those that have changed when called again.
 
     Args:

@@ -207,15 +207,24 @@ HELP = {
 
 
 class Devices:
-    """Gauges of the devices' memory, where the platform tells it."""
+    """Gauges of the devices: which there are, and their memory where JAX tells it."""
 
     def collect(self) -> Iterator[Any]:
-        """Yield the family."""
+        """Yield the families."""
+        devices = {
+            f"{device.platform}:{device.id}": device for device in jax.local_devices()
+        }
+        yield gauge(
+            "device_info",
+            "Always 1; the devices that the server computes on.",
+            ("device", "kind"),
+            [((name, device.device_kind), 1) for name, device in devices.items()],
+        )
         samples = []
-        for device in jax.local_devices():
+        for place, device in devices.items():
             figures = device.memory_stats() or {}
             samples += [
-                ((f"{device.platform}:{device.id}", name), figures[key])
+                ((place, name), figures[key])
                 for key, name in MEMORY.items()
                 if key in figures
             ]

@@ -135,6 +135,8 @@ class Meter:
     ) -> ModelMeter:
         """Return the meter of a model; the same one if it is asked for again.
 
+        An artifact that has taken the place of another begins a window of its own.
+
         Args:
           name: of the model.
           version: of the model.
@@ -142,11 +144,13 @@ class Meter:
             measured.
         """
         key = (name, version)
-        if key not in self._models:
-            text = None if artifact is None else artifact.training
-            self._models[key] = ModelMeter(self, name, version, tallies_of(text))
+        text = None if artifact is None else artifact.training
+        known = self._models.get(key)
+        if known is None or (artifact is not None and known.training != text):
+            known = ModelMeter(self, name, version, text)
+            self._models[key] = known
             self._start()
-        return self._models[key]
+        return known
 
     def forget(self, name: str, version: str) -> None:
         """Stop showing gauges of a model that is no longer served."""
@@ -207,7 +211,7 @@ class ModelMeter:
       meter: of the server.
       name: of the model.
       version: of the model.
-      tallies: see above.
+      training: what its rows of training looked like, as an artifact keeps it.
     """
 
     def __init__(
@@ -215,11 +219,12 @@ class ModelMeter:
         meter: Meter,
         name: str,
         version: str,
-        tallies: Tallies | None = None,
+        training: str | None = None,
     ) -> None:
         self._meter = meter
         self._key = (name, version)
-        self.tallies = tallies
+        self.training = training
+        self.tallies = tallies_of(training)
         families = meter._families
         self._rows = families.rows.labels(name, version)
         self._padding = families.padding.labels(name, version)

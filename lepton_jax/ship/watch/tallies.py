@@ -25,6 +25,9 @@ from lepton_jax.ship.watch.window import Moved, Window
 # and sixteen megabytes are no part of a server's memory.
 LONGEST_LINE = 2_048
 LARGEST_LINE = 16 * 2**20
+# Cells that wait: reading and counting so many takes some 15 ms of each half second
+# (by time.thread_time, 16 columns on the machine of our figures).
+MOST_CELLS = 32_000
 
 Waiting = tuple[int, Any]  # count of rows, and they
 
@@ -45,6 +48,8 @@ class Tallies:
         self.reference = reference
         self.window = window or Window(reference)
         self.skipped = 0
+        columns = max(1, len(reference.profile.columns))
+        self._longest = max(1, min(LONGEST_LINE, MOST_CELLS // columns))
         self._waiting: deque[Waiting] = deque()
         self._rows = 0
         self._bytes = 0
@@ -111,7 +116,7 @@ class Tallies:
         waiting: Any,
     ) -> None:
         with self._put:
-            is_full = self._rows >= LONGEST_LINE or self._bytes >= LARGEST_LINE
+            is_full = self._rows >= self._longest or self._bytes >= LARGEST_LINE
             if is_full or not rows:
                 self.skipped += rows
                 return
@@ -122,6 +127,7 @@ class Tallies:
     def _joined(self, requests: Sequence[Any]) -> pl.DataFrame:
         """Return the rows of requests as one table of the reference's columns."""
         columns = self.reference.profile.columns
+        requests = _merged(requests)
         series = []
         for name, column in columns.items():
             values: list[Any] = []
@@ -150,10 +156,22 @@ def _rows_of(raw: Any) -> int:
     return len(raw)
 
 
+def _merged(requests: Sequence[Any]) -> list[Any]:
+    """Return requests with all those that are lists of rows as one."""
+    rows: list[Any] = []
+    others = []
+    for raw in requests:
+        if isinstance(raw, list):
+            rows += raw
+        elif isinstance(raw, pl.DataFrame):
+            others.append(raw.to_dict(as_series=False))
+        else:
+            others.append(raw)
+    return [rows, *others] if rows else others
+
+
 def _cells(raw: Any, name: str) -> list[Any]:
     """Return a column of raw rows; missing cells where there is no such column."""
-    if isinstance(raw, pl.DataFrame):
-        raw = raw.to_dict(as_series=False)
     if isinstance(raw, Mapping):
         values = raw.get(name)
         return [None] * _rows_of(raw) if values is None else list(values)
