@@ -59,12 +59,14 @@ class Answer:
       kind: its Content-Type.
       status: of HTTP.
       headers: further ones.
+      done: the run that it tells of; None: there was none.
     """
 
     body: bytes
     kind: bytes = JSON
     status: int = 200
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    done: Done | None = None
 
 
 class Answering:
@@ -250,7 +252,6 @@ def _mark(visit: Any, done: Done) -> None:
     # the mark holds the time in the queue as well
     visit.add("compute", -done.waited)
     visit.add("queue", done.waited)
-    visit.charge = done.charge
 
 
 def _written(
@@ -277,7 +278,7 @@ def _written(
         headers.append((protocol.JSON_LENGTH, b"%d" % json_length))
     if asked.visit is not None:
         asked.visit.mark("write")
-    return Answer(body, kind, headers=headers)
+    return Answer(body, kind, headers=headers, done=done)
 
 
 def _in_words(
@@ -306,7 +307,11 @@ def _in_words(
     body = orjson.dumps(response, option=protocol.ENCODING)
     if asked.visit is not None:
         asked.visit.mark("write")
-    return Answer(body, headers=[(b"lepton-batch-size", b"%d" % done.size)])
+    return Answer(
+        body,
+        headers=[(b"lepton-batch-size", b"%d" % done.size)],
+        done=done,
+    )
 
 
 def _with_label(

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -31,6 +32,7 @@ from typing import Any
 import orjson
 
 from lepton_jax.ship.serve.answering import Answer, Answering, Asked
+from lepton_jax.ship.serve.batcher import Done
 from lepton_jax.ship.serve.guards import Guards, json_length
 from lepton_jax.ship.serve.models import Models
 from lepton_jax.ship.serve.protocol import JSON_LENGTH
@@ -140,7 +142,7 @@ class Application:
         except Refusal as refusal:
             answer = _refused(refusal)
         except asyncio.CancelledError:
-            self._left(call, CLIENT_GONE)
+            self._leaves(call, CLIENT_GONE)
             if call.is_gone():
                 return
             raise
@@ -157,10 +159,7 @@ class Application:
             await self.documents(scope, receive, send)
         else:
             await _send(send, call, answer)
-        if call.visit is not None:
-            # after this turn of the loop, in which the answer goes out
-            loop = asyncio.get_running_loop()
-            loop.call_soon(self._left, call, answer.status)
+        self._leaves(call, answer.status, answer.done)
 
     # ---- the way of a message ----
 
@@ -211,9 +210,28 @@ class Application:
             None if parent is None else parent.decode("latin-1"),
         )
 
-    def _left(self, call: Call, status: int) -> None:
-        if call.visit is not None:
-            self.meter.leave(call.visit, status)
+    def _leaves(
+        self,
+        call: Call,
+        status: int,
+        done: Done | None = None,
+    ) -> None:
+        """Have the meter told of a request that was answered, or can't be."""
+        if call.visit is None:
+            return
+        now = time.perf_counter()
+        call.visit.clock = lambda: now  # it is told later, but ended now
+        self.models.afterwards.do(self._left, call.visit, status, done)
+
+    def _left(
+        self,
+        visit: Any,
+        status: int,
+        done: Done | None,
+    ) -> None:
+        if done is not None:
+            visit.charge = done.charge
+        self.meter.leave(visit, status)
 
     # ---- inference ----
 

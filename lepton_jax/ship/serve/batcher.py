@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from lepton_jax.ship.serve.afterwards import Afterwards
 from lepton_jax.ship.serve.ladder import Ladder
 from lepton_jax.ship.serve.refusal import Refusal, broken, busy, late
 
@@ -55,7 +56,7 @@ class Limits:
     collect: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Done:
     """A request's outputs, and how they came about.
 
@@ -65,7 +66,8 @@ class Done:
         of each, in their order.
       waited: seconds in the queue.
       computed: seconds of the batch, or batches.
-      charge: what the meter charges for it; None: there is none.
+      charge: what the meter charges for it, which is known some milliseconds later;
+        None: there is none.
     """
 
     outputs: dict[str, np.ndarray]
@@ -115,6 +117,7 @@ class Batcher:
       meter: is told of batches and of the queue's length; None: nobody is.
       together: whether rows of several requests may share a batch; not so for a program
         in which a row's result depends on the others.
+      afterwards: what is done when the clients have their answers.
     """
 
     def __init__(
@@ -124,6 +127,7 @@ class Batcher:
         limits: Limits | None = None,
         meter: Any = None,
         together: bool = True,
+        afterwards: Afterwards | None = None,
     ):
         self.ladder = ladder
         self.limits = limits or Limits()
@@ -131,6 +135,7 @@ class Batcher:
         self.together = together
         self._programs = programs
         self._meter = meter
+        self._afterwards = afterwards or Afterwards()
         self._queues: dict[int, deque[Ticket]] = {
             priority: deque() for priority in PRIORITIES
         }
@@ -427,26 +432,32 @@ class Batcher:
 
     def _settle(self, batch: Batch) -> None:
         """Give the tickets of a batch their answers."""
-        charges: Sequence[Any] = [None] * len(batch.tickets)
-        if self._meter is not None:
-            counts = [ticket.rows for ticket in batch.tickets]
-            charges = self._meter.batch(counts, batch.size, batch.seconds)
-        for ticket, outcome, charge in zip(
-            batch.tickets, batch.outcomes, charges, strict=True
-        ):
+        answers: list[Done | None] = []
+        for ticket, outcome in zip(batch.tickets, batch.outcomes, strict=True):
+            done = None
             if ticket.future.done():  # its client has gone meanwhile
-                continue
-            if isinstance(outcome, Exception):
+                pass
+            elif isinstance(outcome, Exception):
                 ticket.future.set_exception(_failure(outcome))
-                continue
-            done = Done(
-                dict(outcome),
-                (batch.size,),
-                ticket.taken - ticket.entered,
-                batch.seconds,
-                charge,
-            )
-            ticket.future.set_result(done)
+            else:
+                done = Done(
+                    dict(outcome),
+                    (batch.size,),
+                    ticket.taken - ticket.entered,
+                    batch.seconds,
+                )
+                ticket.future.set_result(done)
+            answers.append(done)
+        if self._meter is not None:
+            self._afterwards.do(self._charge, batch, answers)
+
+    def _charge(self, batch: Batch, answers: Sequence[Done | None]) -> None:
+        """Tell the meter of a batch, and its requests what they are charged."""
+        counts = [ticket.rows for ticket in batch.tickets]
+        charges = self._meter.batch(counts, batch.size, batch.seconds)
+        for done, charge in zip(answers, charges, strict=True):
+            if done is not None:
+                done.charge = charge
 
 
 def filled(parts: Sequence[np.ndarray], size: int) -> np.ndarray:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from lepton_jax.errors import LeptonError, SettingError, nearest
+from lepton_jax.ship.serve.afterwards import Afterwards
 from lepton_jax.ship.serve.batcher import Batcher, Done, Limits
 from lepton_jax.ship.serve.refusal import Refusal, busy, unknown
 from lepton_jax.ship.serve.signature import Signature
@@ -161,6 +162,7 @@ class Models:
         self.limits = limits or Limits()
         self.canaries: dict[str, Canary] = {}
         self.shadows: dict[str, str] = {}
+        self.afterwards = Afterwards()
         self._sizes = sizes
         self._meter = meter
         self._versions: dict[str, dict[str, Served]] = {}
@@ -202,6 +204,7 @@ class Models:
             self.limits,
             meter,
             ready.together,
+            self.afterwards,
         )
         served = Served(
             name, version, artifact, place, signature, ready, batcher, meter
@@ -234,6 +237,7 @@ class Models:
         """Let go of all models."""
         for served in self.all():
             served.batcher.close()
+        self.afterwards.flush()
 
     # ---- finding ----
 

@@ -120,7 +120,7 @@ def build(
         {
             **page.handlers(models),
             **repository.handlers(),
-            **_metrics(options.meter),
+            **_metrics(options.meter, models),
         },
         _Documents(),
         options.meter,
@@ -188,12 +188,13 @@ class _Documents:
         await self._app(scope, receive, send)
 
 
-def _metrics(meter: Any) -> dict[tuple[str, str], Handler]:
+def _metrics(meter: Any, models: Models) -> dict[tuple[str, str], Handler]:
     """Return the handler of Prometheus' metrics, if there are any."""
     if meter is None:
         return {}
 
     async def metrics(call: Call) -> Answer:
+        models.afterwards.flush()
         loop = asyncio.get_running_loop()
         text = await loop.run_in_executor(None, meter.text)
         return Answer(text.encode(), b"text/plain; version=0.0.4; charset=utf-8")
