@@ -83,7 +83,7 @@ def parts_of(
         recipe=_recipe(trainer),
         step=int(trainer.step),
         limits=_limits(trainer),
-        meeting=trainer.program.prediction().meeting,
+        meeting=model.meeting,
         batch_size=trainer.recipe.batch_size,
         notes=(
             *model.left_out,
