@@ -111,9 +111,12 @@ def deserialized(content: bytes) -> export.Exported:
     """Return a program.
 
     Raises:
-      ValueError: it is damaged, or of a version of JAX that is too old or too new.
+      Exception: it is damaged, or of a version of JAX that is too old or too new: of
+        flatbuffers, or of JAX.
     """
-    return export.deserialize(bytearray(content))
+    program = export.deserialize(bytearray(content))
+    program.mlir_module()  # what an older JAX can't read shows now, not when it compiles
+    return program
 
 
 # ---- internals ----
