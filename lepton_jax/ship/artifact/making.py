@@ -115,7 +115,7 @@ def deserialized(content: bytes) -> export.Exported:
         flatbuffers, or of JAX.
     """
     program = export.deserialize(bytearray(content))
-    program.mlir_module()  # what an older JAX can't read shows now, not when it compiles
+    program.mlir_module()  # an older JAX fails now, and not when it compiles
     return program
 
 
