@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import export
 
@@ -82,11 +83,13 @@ class Source:
 
         The weights are constants of it.
         """
+        # as JAX's own arrays: a model may add to one in place
+        weights = {path: jnp.asarray(x) for path, x in self.weights.items()}
 
         def run(*arrays: Any) -> tuple[Any, ...]:
             names = [tensor.name for tensor in self.inputs]
             outputs = self.run(
-                self.weights,
+                weights,
                 dict(zip(names, arrays, strict=True)),
             )
             return tuple(outputs[tensor.name] for tensor in self.outputs)
