@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ class Parts(NamedTuple):
       serving: the way from raw rows to inputs; None: there is none.
       profile: of the training rows after the steps; None: there is none.
       stored: rows with the trainer's outputs.
+      training: what the rows of training looked like, as JSON; None: not known.
     """
 
     manifest: Manifest
@@ -39,6 +41,7 @@ class Parts(NamedTuple):
     serving: Any
     profile: Any
     stored: Stored
+    training: str | None = None
 
 
 def parts_of(
@@ -104,6 +107,7 @@ def parts_of(
         serving,
         profile,
         stored,
+        _training(trainer),
     )
 
 
@@ -120,6 +124,16 @@ def deserialized(content: bytes) -> export.Exported:
 
 
 # ---- internals ----
+
+
+def _training(trainer: Any) -> str | None:
+    if find_spec("polars") is None:
+        return None
+    # only here: a model of arrays alone does not need the library for tables
+    from lepton_jax.ship.watch.reference import training_rows
+
+    known = training_rows(trainer)
+    return None if known is None else known.to_json()
 
 
 def _labels(serving: Any) -> tuple[Any, ...]:

@@ -1,0 +1,251 @@
+"""How much smaller models get, and what it costs them.
+
+`tools.bench shrink --data FOLDER [--case mnist ...]`. FOLDER holds `mnist/` (four idx
+files), `rt_polarity/sentence_polarity.zip` and `adult/` (two files). The cases:
+
+- mnist, encoder, table: a CNN, a Transformer encoder and an MLP, trained briefly, and
+  quantized in each way: the metric on the test rows, bytes of weights, milliseconds of
+  a batch.
+- prune: the MNIST CNN with half of its channels cut, and trained for one pass more,
+  next to the whole one trained for the same pass.
+- distil: a CNN of a sixteenth of the width that learns from the MNIST CNN's artifact,
+  and the same one by itself, on three seeds.
+
+No setting was chosen by these test rows, but for the student's size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lepton_jax as lepton
+from lepton_jax.cli.settings import load
+from lepton_jax.ship import Artifact, shrink
+from tools.bench import options as checks
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+BATCHES = (1, 64)  # rows of the batches that are timed
+SECONDS = 1.0  # of a timing
+ROWS = 200  # stored in an artifact
+SEEDS = (0, 1, 2)
+STUDENT = 2  # channels of the student's first convolution
+STUDENT_EPOCHS = 2.0
+SHARE = 0.5  # of the channels that are cut
+
+
+def add(
+    commands: Any,
+    shared: argparse.ArgumentParser,
+) -> None:
+    """Add `shrink` to the subcommands."""
+    parser = checks.add_command(
+        commands,
+        shared,
+        "shrink",
+        __doc__,
+        "how much smaller models get, and what it costs them",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="folder of the public data sets",
+    )
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        default=list(CASES),
+        metavar="CASE",
+        help=f"of {', '.join(CASES)} (default: all)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the cases that were asked for; return their figures."""
+    checks.check_names(options.case, CASES, "--case", "case")
+    results = {}
+    models = Models(options.data)
+    for name in options.case:
+        began = time.perf_counter()
+        results[name] = CASES[name](models)
+        results[name]["seconds"] = round(time.perf_counter() - began, 1)
+    return results
+
+
+class Models:
+    """The trained models, each trained once.
+
+    Args:
+      data: folder of the data sets.
+    """
+
+    def __init__(self, data: Path):
+        self._data = data
+        self._trained: dict[str, lepton.Trainer] = {}
+
+    def get(
+        self,
+        name: str,
+    ) -> lepton.Trainer:
+        """Return a trained model by its name."""
+        if name not in self._trained:
+            recipe = getattr(self, f"_{name}")()
+            trainer = lepton.Trainer(recipe, devices=1)
+            trainer.fit()
+            print(f"{name}: {_figures(trainer.evaluate())}", flush=True)
+            self._trained[name] = trainer
+        return self._trained[name]
+
+    def _mnist(self) -> lepton.Recipe:
+        recipe = load(RECIPES / "mnist_cnn.py")
+        return recipe(data=self._data / "mnist", epochs=1, augment=False)
+
+    def _encoder(self) -> lepton.Recipe:
+        recipe = load(RECIPES / "text_classifier.py")
+        file = self._data / "rt_polarity" / "sentence_polarity.zip"
+        return recipe(data=file, model="encoder", folds=10, fold=0, epochs=2)
+
+    def _table(self) -> lepton.Recipe:
+        recipe = load(RECIPES / "csv_mlp.py")
+        folder = self._data / "adult"
+        return recipe(
+            data=folder / "adult.data.gz",
+            test=folder / "adult.test.gz",
+            test_skip=1,
+            label="column_15",
+            label_end=".",
+            epochs=4,
+        )
+
+
+def quantized(
+    models: Models,
+    name: str,
+) -> dict[str, Any]:
+    """Quantize a model in each way."""
+    trainer = models.get(name)
+    whole = measured(trainer)
+    figures: dict[str, Any] = {"as it is": whole}
+    for kind in shrink.KINDS:
+        small = measured(shrink.quantize(trainer, kind))
+        small["points"] = 100 * (small["accuracy"] - whole["accuracy"])
+        small["share"] = small["bytes"] / whole["bytes"]
+        small["file_share"] = small["file_bytes"] / whole["file_bytes"]
+        figures[kind] = small
+        print(
+            f"  {name} {kind}: {small['points']:+.2f} points,"
+            f" {100 * small['file_share']:.1f} % of the weights' file, {_times(small)}",
+            flush=True,
+        )
+    return figures
+
+
+def pruned(models: Models) -> dict[str, Any]:
+    """Cut half of the channels of the MNIST CNN."""
+    trainer = models.get("mnist")
+    rate = 1e-3  # a third of the recipe's peak
+    longer = trainer.with_module(trainer.module(), learning_rate=rate, controller=())
+    longer.fit(epochs=1)
+    small = shrink.cut(trainer, SHARE, learning_rate=rate, controller=())
+    before = float(small.evaluate().accuracy)
+    small.fit(epochs=1)
+    whole = measured(longer)
+    cut = measured(small)
+    cut["accuracy_before_training"] = before
+    figures = {
+        "as it was": measured(trainer),
+        "trained for as long": whole,
+        "half of the channels": cut,
+        "points": 100 * (cut["accuracy"] - whole["accuracy"]),
+        "share": cut["bytes"] / whole["bytes"],
+    }
+    for rows in BATCHES:
+        name = f"milliseconds_{rows}"
+        figures[f"speed_up_{rows}"] = whole[name] / cut[name]
+    print(
+        f"  prune: {figures['points']:+.2f} points, {100 * figures['share']:.1f} % of"
+        f" the weights, {figures['speed_up_64']:.2f} times as fast",
+        flush=True,
+    )
+    return figures
+
+
+def distilled(models: Models) -> dict[str, Any]:
+    """Train a small CNN by itself, and from the large one's artifact."""
+    teacher = models.get("mnist")
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "teacher.lepton"
+        Artifact.of(teacher, rows=0).save(place)
+        artifact = Artifact.open(place)
+        alone = student(teacher.recipe)
+        taught = shrink.distilled(alone, artifact)
+    figures: dict[str, Any] = {"teacher": float(teacher.evaluate().accuracy)}
+    for seed in SEEDS:
+        pair = {}
+        for name, recipe in (("alone", alone), ("distilled", taught)):
+            trainer = lepton.Trainer(recipe.with_(seed=seed), devices=1)
+            trainer.fit()
+            pair[name] = float(trainer.evaluate().accuracy)
+        figures[f"seed {seed}"] = pair
+        print(f"  distil, seed {seed}: {pair}", flush=True)
+    return figures
+
+
+def student(recipe: lepton.Recipe) -> lepton.Recipe:
+    """Return the recipe of a small CNN on the same rows."""
+    width = STUDENT
+    model = partial(
+        lepton.models.CNN,
+        10,
+        widths=(width, 2 * width, 2 * width),
+        dense=2 * width,
+        padding="VALID",
+        batch_norm=True,
+    )
+    return recipe.with_(model=model, epochs=STUDENT_EPOCHS)
+
+
+def measured(trainer: lepton.Trainer) -> dict[str, Any]:
+    """Return accuracy, bytes and milliseconds of a model."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Artifact.of(trainer, rows=ROWS).save(Path(folder) / "model.lepton")
+        file = (place / "weights.safetensors").stat().st_size
+        program = (place / "program.stablehlo").stat().st_size
+    figures = {
+        "accuracy": float(trainer.evaluate().accuracy),
+        "bytes": shrink.size_of(trainer),
+        "file_bytes": file,
+        "program_bytes": program,
+    }
+    for rows in BATCHES:
+        name = f"milliseconds_{rows}"
+        figures[name] = shrink.latency_of(trainer, rows, SECONDS)
+    return figures
+
+
+def _times(figures: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{figures[f'milliseconds_{rows}']:.2f} ms for {rows}" for rows in BATCHES
+    )
+
+
+def _figures(evaluation: Any) -> str:
+    pairs = evaluation._asdict().items()
+    return ", ".join(f"{name} {value:.4f}" for name, value in pairs)
+
+
+CASES: dict[str, Callable[[Models], dict[str, Any]]] = {
+    "mnist": partial(quantized, name="mnist"),
+    "encoder": partial(quantized, name="encoder"),
+    "table": partial(quantized, name="table"),
+    "prune": pruned,
+    "distil": distilled,
+}
