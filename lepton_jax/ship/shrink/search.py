@@ -13,6 +13,7 @@ two that differ by less than 2 % the quicker one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -172,7 +173,13 @@ class Judge(NamedTuple):
         trainer: Any,
         whole: float | None,
     ) -> Candidate:
-        """Measure a model; `whole` is the given one's metric, None for itself."""
+        """Measure a model but for its time.
+
+        Args:
+          name: of the model.
+          trainer: of it.
+          whole: metric of the model that was given; None: it is that one.
+        """
         value = self.value(trainer)
         judged = value
         if self.judging is not self.choosing:
@@ -180,14 +187,8 @@ class Judge(NamedTuple):
         is_kept = True
         if whole is not None:
             is_kept = measuring.keeps(self.metric, value, whole, self.keep)
-        return Candidate(
-            name,
-            measuring.size_of(trainer),
-            measuring.latency_of(trainer, self.rows),
-            value,
-            judged,
-            is_kept,
-        )
+        size = measuring.size_of(trainer)
+        return Candidate(name, size, math.nan, value, judged, is_kept)
 
 
 def search(
@@ -237,6 +238,11 @@ def search(
         except ModelError as error:
             notes.append(f"not tried: {error.what}")
 
+    report("timing all of them in turns")
+    models = [trainer, *(model for _, model in tried)]
+    times = iter(measuring.latencies_of(models, rows))
+    whole = replace(whole, milliseconds=next(times))
+    tried = [(replace(one, milliseconds=next(times)), model) for one, model in tried]
     tried.sort(key=lambda pair: pair[0].nbytes)
     kept = [pair for pair in tried if pair[0].keeps]
     chosen, model = _cheapest(kept) if kept else (None, None)
