@@ -98,7 +98,7 @@ def parts_of(
         yield ()
         return
     if len(shape) + 1 < PICTURE_DIMS:
-        yield from ((int(at),) for at in range(int(np.prod(shape, dtype=int))))
+        yield from ((at,) for at in range(shape[0]))
         return
     height, width = shape[:2]
     size = patch or max(1, height // PARTS)

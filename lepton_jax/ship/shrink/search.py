@@ -46,6 +46,8 @@ CUTS = (0.75, 0.5, 0.25)
 EPOCHS = 1.0
 FINE_TUNING = 0.3
 
+SAMPLED = 20  # steps at which a schedule is read, to find its peak; assumption
+
 # Differences of size below which the quicker model is the cheaper one.
 ALIKE = 0.02
 # Fewest test rows of which a half is kept back. Assumption: below, halves say less than
@@ -122,7 +124,11 @@ class Frontier:
     def best(self) -> list[Candidate]:
         """Return the candidates that no other one beats in size, time and metric."""
         every = [self.whole, *self.candidates]
-        return [one for one in every if not any(_beats(o, one, self) for o in every)]
+        best = []
+        for one in every:
+            if not any(_beats(other, one, self) for other in every):
+                best.append(one)
+        return best
 
     def __str__(self) -> str:
         heads = ("", "model", "bytes", "share", f"ms, {self.rows} rows", self.metric)
@@ -355,8 +361,8 @@ def _fine_tuning(trainer: Any) -> dict[str, Any]:
         return {}
     if callable(rate):
         total = trainer.recipe.steps or trainer.step or 1
-        rates = [float(rate(step)) for step in range(0, total, max(1, total // 20))]
-        rate = max(rates)
+        steps = range(0, total, max(1, total // SAMPLED))
+        rate = max(float(rate(step)) for step in steps)
     return {"learning_rate": FINE_TUNING * rate, "controller": ()}
 
 
@@ -450,7 +456,8 @@ class Probe:
 
 def _cheapest(kept: list[tuple[Candidate, Any]]) -> tuple[Candidate, Any]:
     smallest = kept[0][0].nbytes
-    alike = [pair for pair in kept if pair[0].nbytes <= (1 + ALIKE) * smallest]
+    most = (1 + ALIKE) * smallest
+    alike = [pair for pair in kept if pair[0].nbytes <= most]
     return min(alike, key=lambda pair: pair[0].milliseconds)
 
 
