@@ -1,4 +1,3 @@
-"""The command line: `lepton launch | plan | control | prepare | export | serve`.
 """The command line: `lepton COMMAND`, of which `lepton --help` lists all.
 
 Each command has a module of its own with a `main(arguments)` that returns the exit
