@@ -1,4 +1,4 @@
-"""The command line: `lepton launch | plan | control | prepare | export | serve`.
+"""The command line: `lepton COMMAND`, of which `lepton --help` lists all.
 
 Each command has a module of its own with a `main(arguments)` that returns the exit
 code. `tools/launch.py`, `tools/plan.py`, `tools/control.py` and `tools/prepare.py` are
@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "write a trained model for a runtime, and compare the two",
     "serve": "answer requests with trained models, over HTTP",
     "shrink": "make a trained model smaller, and keep its metric",
+    "explain": "show in a run's report what speaks for its predictions",
     "control": "ask a run that is under way for something",
 }
 MISTAKE = 2  # exit code

@@ -31,7 +31,7 @@ def both(function, *args, by):
 )
 def test_argmax_takes_the_first_of_the_largest_and_nan_before_all(values, axis):
     array = jnp.asarray(values, jnp.float32)
-    expected, found = both(lambda x: jnp.argmax(x, axis), array, by=rules.ARGMAX)
+    expected, found = both(lambda x: jnp.argmax(x, axis), array, by=rules.FOR_LITERT)
     np.testing.assert_array_equal(found, expected)
     assert found.dtype == expected.dtype
 
@@ -47,5 +47,39 @@ def test_pooling_by_shifted_copies_is_pooling(pool, padding, window, strides):
     def run(x):
         return pool(x, window, strides, padding)
 
-    expected, found = both(run, images, by=rules.POOLING)
+    expected, found = both(run, images, by=rules.FOR_ONNX)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["bool", "uint32", "uint16", "float32", "int32"])
+def test_a_choice_is_the_same_for_every_type(kind):
+    draw = np.random.default_rng(0)
+    off = jnp.asarray(draw.integers(0, 2**32 - 1, (3, 4)).astype(kind))
+    on = jnp.asarray(draw.integers(0, 2, (3, 4)).astype(kind))
+    which = jnp.asarray(draw.integers(0, 2, (3, 4)) > 0)
+    expected, found = both(jnp.where, which, on, off, by=rules.FOR_ONNX)
+    np.testing.assert_array_equal(found, expected)
+    assert found.dtype == expected.dtype
+
+
+@pytest.mark.parametrize(
+    ("spec", "left", "right"),
+    [
+        ("bn,bnc->bc", (3, 5), (3, 5, 2)),
+        ("bnc,bn->bc", (3, 5, 2), (3, 5)),
+        ("bn,bn->b", (3, 5), (3, 5)),
+        ("bhk,bkhd->bhd", (2, 3, 4), (2, 4, 3, 5)),
+        ("bik,bjk->bij", (2, 3, 4), (2, 5, 4)),
+        ("bnm,bmnc->bc", (2, 3, 4), (2, 4, 3, 2)),
+        ("ik,kj->ij", (2, 3), (3, 4)),
+    ],
+)
+def test_a_product_for_each_row_is_a_sum_of_products(spec, left, right):
+    draw = np.random.default_rng(0)
+    arrays = [jnp.asarray(draw.normal(size=s), jnp.float32) for s in (left, right)]
+
+    def run(*given):
+        return jnp.einsum(spec, *given)
+
+    expected, found = both(run, *arrays, by=rules.FOR_IREE)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

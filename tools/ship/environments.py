@@ -48,7 +48,8 @@ def make(folder: Path, target: str) -> None:
     place = folder / target
     venv.create(place, with_pip=True, clear=True)
     wanted = [_pinned(name) for name in RUNTIMES[target]]
-    command = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+    # -I: what PYTHONPATH has is not installed
+    command = [str(place / "bin" / "python"), "-I", "-m", "pip", "install", "--quiet"]
     subprocess.run(
         [*command, *wanted],
         check=True,

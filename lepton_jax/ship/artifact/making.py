@@ -86,7 +86,7 @@ def parts_of(
         recipe=_recipe(trainer),
         step=int(trainer.step),
         limits=_limits(trainer),
-        meeting=trainer.program.prediction().meeting,
+        meeting=model.meeting,
         batch_size=trainer.recipe.batch_size,
         notes=(
             *model.left_out,
@@ -115,9 +115,12 @@ def deserialized(content: bytes) -> export.Exported:
     """Return a program.
 
     Raises:
-      ValueError: it is damaged, or of a version of JAX that is too old or too new.
+      Exception: it is damaged, or of a version of JAX that is too old or too new: of
+        flatbuffers, or of JAX.
     """
-    return export.deserialize(bytearray(content))
+    program = export.deserialize(bytearray(content))
+    program.mlir_module()  # an older JAX fails now, and not when it compiles
+    return program
 
 
 # ---- internals ----

@@ -37,8 +37,8 @@ class Manifest:
       recipe: "file", "settings", "model" (its class), "name".
       step: updates that the weights have seen.
       limits: whole numbers that the inputs may hold; fields of `data.Limit`.
-      meeting: the place where the samples of a batch meet, so that a prediction
-        depends on its batch; None: it does not.
+      meeting: the reason why a prediction depends on its batch, such as the place where
+        samples meet: then rows of several people must not share one; None: it does not.
       batch_size: of the recipe; where samples meet, that of a prediction.
       sizes: batch sizes that there is a program for; (): any.
       notes: what could not be had, and why.

@@ -108,7 +108,10 @@ class _Measure:
         self._recipe = trainer.recipe
         self._whole = tuple(program.evaluation.whole)
         self._dims = model.dims
-        self._outputs = outputs_of(program.trace, program.trace.inputs)
+        self._outputs = outputs_of(
+            program.trace,
+            program.trace.inputs,
+        )
         self._targets = program.trace.targets
 
     def shapes(

@@ -33,6 +33,7 @@ from lepton_jax.ship.artifact.signature import (
     named,
     named_inputs,
 )
+from lepton_jax.step.arguments import draws
 from lepton_jax.trees import by_path
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -51,6 +52,7 @@ class Traced(NamedTuple):
       outputs: signature of what `run` returns.
       dims: of each of these the place of its rows in what the model itself returns.
       left_out: reasons why leaves of the outputs are not returned.
+      meeting: the reason why a row's outputs depend on its batch; None: they do not.
     """
 
     run: Callable[[Arrays, Arrays], dict[str, Any]]
@@ -59,6 +61,7 @@ class Traced(NamedTuple):
     outputs: tuple[Tensor, ...]
     dims: dict[str, int]
     left_out: tuple[str, ...]
+    meeting: str | None
 
 
 def traced(trainer: Any) -> Traced:
@@ -116,6 +119,13 @@ def traced(trainer: Any) -> Traced:
         outputs,
         kept,
         tuple(left_out),
+        _meeting(
+            trainer,
+            jax.make_jaxpr(run)(
+                weights,
+                model.inputs,
+            ).jaxpr,
+        ),
     )
 
 
@@ -235,6 +245,17 @@ def _used(
     pairs = zip(paths, is_used, strict=False)  # the inputs come after them
     used = {path for path, is_read in pairs if is_read}
     return [path for path in shapes if path in used]
+
+
+def _meeting(
+    trainer: Any,
+    program: Any,
+) -> str | None:
+    """Return the reason why a row's outputs depend on its batch; None: they do not."""
+    meeting = trainer.program.prediction().meeting
+    if meeting is None and draws(program):
+        return "the model draws random numbers for each place in a batch"
+    return meeting
 
 
 def _with_rows(trainer: Any) -> tuple[dict[str, int], list[str]]:

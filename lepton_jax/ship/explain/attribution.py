@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +34,7 @@ class Attribution:
     @property
     def total(self) -> np.ndarray:
         """Sum of each row's shares, (rows,)."""
-        sums = [x.reshape(len(x), -1).sum(axis=1) for x in self.values.values()]
-        return np.sum(sums, axis=0)
+        return total_of(self.values)
 
     @property
     def gap(self) -> np.ndarray:
@@ -72,3 +72,9 @@ class Attribution:
                 entries.append((label, float(share)))
         entries.sort(key=lambda entry: -abs(entry[1]))
         return entries[:most]
+
+
+def total_of(values: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the sum of each row's shares over all inputs, (rows,)."""
+    rows = [array.reshape(len(array), -1) for array in values.values()]
+    return np.sum([array.sum(axis=1) for array in rows], axis=0)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_jax.errors import ModelError
-from lepton_jax.ship.explain.attribution import Attribution
+from lepton_jax.ship.explain.attribution import Attribution, total_of
 from lepton_jax.ship.explain.subject import Subject, chosen, subject_of, targets_of
 from lepton_jax.ship.explain.watching import Step, is_lookup, seeing, watched
 
@@ -129,9 +129,9 @@ class _Path:
         """Return the shares by input, and the points it took."""
         while True:
             values = self._by_input(self._means(steps))
-            total = sum(x.reshape(len(x), -1).sum(axis=1) for x in values.values())
-            apart = np.abs(total - (self.end - self.begin))
-            scale = np.maximum(1, np.abs(self.end - self.begin))
+            difference = self.end - self.begin
+            apart = np.abs(total_of(values) - difference)
+            scale = np.maximum(1, np.abs(difference))
             if (apart <= TOLERANCE * scale).all() or 2 * steps > MOST_STEPS:
                 return values, steps
             steps *= 2
@@ -176,10 +176,11 @@ class _Path:
         """Return the mean slope along the line, by the rule of Gauss and Legendre."""
         nodes, weights = np.polynomial.legendre.leggauss(steps)
         total = jax.tree.map(jnp.zeros_like, self._last)
-        for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
-            slope = self._slope(self._between(node))
+        for node, weight in zip(nodes, weights, strict=True):
+            # from -1 to 1, and what is wanted is from 0 to 1
+            slope = self._slope(self._between((node + 1) / 2))
             total = jax.tree.map(
-                lambda a, b, w=weight: a + w * b,
+                lambda a, b, w=weight / 2: a + w * b,
                 total,
                 slope,
             )

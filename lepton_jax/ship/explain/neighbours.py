@@ -86,7 +86,8 @@ def nearest_examples(
     if len(data) > MOST:
         data = Arrays(*data.take(np.arange(MOST)))
     known = subject.inputs_of(data)
-    likeness = _unit(features(subject, rows)) @ _unit(features(subject, known)).T
+    asked = _unit(features(subject, rows))
+    likeness = asked @ _unit(features(subject, known)).T
     count = min(count, len(data))
     order = np.argsort(-likeness, axis=1, kind="stable")[:, :count]
     targets = data.targets

@@ -78,7 +78,8 @@ def permutation_importance(
         for _ in range(repeats):
             mixed = _mixed(samples, at, draw)
             falls.append(sign * (whole - metric_of(trainer, name, mixed)))
-        found.append(Importance(column, float(np.mean(falls)), float(np.std(falls))))
+        mean = float(np.mean(falls))
+        found.append(Importance(column, mean, float(np.std(falls))))
     return sorted(found, key=lambda one: -one.mean)
 
 

@@ -70,7 +70,7 @@ def write_explanations(
     Args:
       trainer: with the model and test rows in memory.
       folder: of the run.
-      rows: that are shown, those of the largest loss of confidence first.
+      rows: that are shown, the first ones.
 
     Raises:
       DataError: there are no test rows in memory.

@@ -27,6 +27,7 @@ class Subject(NamedTuple):
 
     Attributes:
       run: inputs by name to the model's outputs, (rows, ...), in JAX.
+      ask: the same of NumPy arrays, compiled.
       shapes: dtype and shape of each input, by name; the first dim is the batch.
       known: rows of training, or stored ones, by name; {}: there are none.
       is_open: whether the program can be looked into; that of an artifact can't.
@@ -35,6 +36,7 @@ class Subject(NamedTuple):
     """
 
     run: Callable[[Named], jax.Array]
+    ask: Callable[[Named], np.ndarray]
     shapes: dict[str, Any]
     known: dict[str, np.ndarray]
     is_open: bool
@@ -67,7 +69,14 @@ class Subject(NamedTuple):
                 where="inputs",
                 remedy="give the model's inputs by name, or its only one as an array",
             )
-        return {name: self._checked(name, given[name]) for name in names}
+        rows = {name: self._checked(name, given[name]) for name in names}
+        if not len(next(iter(rows.values()))):
+            raise DataError(
+                "there are no rows to explain",
+                where="inputs",
+                remedy="give at least one row",
+            )
+        return rows
 
     def _checked(
         self,
@@ -90,7 +99,7 @@ class Subject(NamedTuple):
         inputs: Named,
     ) -> np.ndarray:
         """Return the model's outputs of rows."""
-        return np.asarray(self.run({k: jnp.asarray(x) for k, x in inputs.items()}))
+        return self.ask(inputs)
 
     def baseline(
         self,
@@ -202,8 +211,10 @@ def _of_trainer(trainer: Any) -> Subject:
         made = prepared_inputs(preparation, data)
         return made if isinstance(made, dict) else {INPUTS: made}
 
+    compiled = jax.jit(run)
     return Subject(
         run,
+        lambda inputs: np.asarray(compiled(dict(inputs))),
         dict(model.inputs),
         known,
         True,
@@ -225,6 +236,7 @@ def _of_artifact(artifact: Any) -> Subject:
     stored = getattr(artifact.stored, "inputs", None) or {}
     return Subject(
         run,
+        lambda inputs: _only(artifact.run(dict(inputs))),
         shapes,
         {name: np.asarray(array) for name, array in stored.items()},
         False,

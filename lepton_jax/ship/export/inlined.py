@@ -8,11 +8,12 @@ Converters that know JAX's operations then meet neither modules nor functions in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal
+from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal, source_line
 from lepton_jax.planner.program.graph import CALLS
 
 Look = Callable[[Any, tuple, list[Any]], None]
@@ -33,7 +34,7 @@ def run(
       look: called with each equation, the calls around it, outermost first, and its
         results.
       rules: by the name of an operation, a function (operands, parameters) to results
-        that is run in its place.
+        that is run in its place; None: the operation itself is run.
     """
     return _Inlined(look, rules or {}).run(
         program.jaxpr,
@@ -66,6 +67,13 @@ def equations(program: ClosedJaxpr) -> list[tuple[Any, tuple]]:
         *shapes,
     )
     return found
+
+
+def place_of(eqn: Any, callers: tuple) -> str:
+    """Return the user's line of an equation, without folders: "a.py:12 (function)"."""
+    line = source_line(eqn, callers)
+    path, colon, rest = line.partition(":")
+    return Path(path).name + colon + rest
 
 
 # ---- internals ----
@@ -149,8 +157,9 @@ class _Inlined:
                     (*callers, eqn),
                 )
         rule = self._rules.get(eqn.primitive.name)
-        if rule is not None:
-            return rule(inputs, eqn.params)
+        replaced = None if rule is None else rule(inputs, eqn.params)
+        if replaced is not None:
+            return replaced
         params = eqn.primitive.get_bind_params(eqn.params)
         out = eqn.primitive.bind(*inputs, **params)
         results = list(out) if eqn.primitive.multiple_results else [out]

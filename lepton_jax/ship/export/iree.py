@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from lepton_jax.errors import SettingError, nearest
 from lepton_jax.ship.export.lowering import lowered_text
+from lepton_jax.ship.export.rules import FOR_IREE
 from lepton_jax.ship.export.target import (
     Options,
     Source,
@@ -88,7 +89,7 @@ class IREE(Target):
         device = DEVICES[options.device]
         batch = self.batch_of(source, options)
         assert batch is not None
-        text = lowered_text(source, batch)
+        text = lowered_text(source, batch, FOR_IREE)
         try:
             content = tools.compile_str(
                 text,

@@ -1,17 +1,21 @@
-"""ONNX, by jax2onnx, which traces the model's own code."""
+"""ONNX, by jax2onnx, which traces the model's own code.
+
+It replaces Flax's modules by rules of its own while it traces them, and knows neither
+all of them nor all that they do (state, streams of random numbers). So it is given the
+model's operations alone.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from lepton_jax.compat import source_line
 from lepton_jax.ship.export import inlined
-from lepton_jax.ship.export.rules import POOLING
+from lepton_jax.ship.export.lowering import operations
+from lepton_jax.ship.export.rules import FOR_ONNX
 from lepton_jax.ship.export.target import (
     Options,
     Source,
@@ -73,7 +77,7 @@ class ONNX(Target):
         _hush()
         try:
             library.to_onnx(
-                _operations(source, inputs),
+                operations(source, inputs, FOR_ONNX),
                 inputs=inputs,
                 model_name=word(source.name),
                 return_mode="file",
@@ -110,29 +114,6 @@ def _inputs(
     ]
 
 
-def _operations(
-    source: Source,
-    inputs: list[Any],
-) -> Callable[..., Any]:
-    """Return a model as a function of nothing but JAX's own operations.
-
-    jax2onnx replaces Flax's modules by rules of its own while it traces them, and knows
-    neither all of them nor all that they do (state, streams of random numbers).
-    """
-    program = jax.make_jaxpr(source.closed())(*inputs)
-
-    def function(*arrays: Any) -> tuple[Any, ...]:
-        return tuple(
-            inlined.run(
-                program,
-                arrays,
-                rules=POOLING,
-            )
-        )
-
-    return function
-
-
 def _unknown(source: Source) -> list[str]:
     """Return the operations that jax2onnx has no rule for, with their lines."""
     system = needs("jax2onnx.plugins.plugin_system", extra="onnx", purpose="--to onnx")
@@ -143,6 +124,6 @@ def _unknown(source: Source) -> list[str]:
     found: dict[str, str] = {}
     for eqn, callers in inlined.equations(program):
         name = eqn.primitive.name
-        if name not in POOLING and name not in system.PLUGIN_REGISTRY:
-            found.setdefault(name, source_line(eqn, callers))
+        if name not in FOR_ONNX and name not in system.PLUGIN_REGISTRY:
+            found.setdefault(name, inlined.place_of(eqn, callers))
     return [f"{name} ({line})" for name, line in found.items()]

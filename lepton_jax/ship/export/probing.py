@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lepton_jax.compat import source_line
 from lepton_jax.ship.artifact.signature import ANY, Tensor
 from lepton_jax.ship.export import inlined
 from lepton_jax.ship.export.target import Source
@@ -242,7 +241,7 @@ def _layers(
                 )
                 and leaf.ndim
             ):
-                line = source_line(eqn, callers)
+                line = inlined.place_of(eqn, callers)
                 found[f"{len(found) + 1:02d} {eqn.primitive.name} {line}"] = leaf
 
     leaves = jax.tree.leaves((dict(weights), dict(inputs)))

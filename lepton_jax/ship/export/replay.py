@@ -160,16 +160,25 @@ def replay(folder: Path, inputs: Arrays) -> Arrays:
     run = TARGETS[signature["target"]](folder, signature)
     given = {entry["as"]: inputs[entry["name"]] for entry in signature["inputs"]}
     rows = len(next(iter(given.values())))
-    size = signature["batch"] or rows
-    parts = [
-        run(
-            rows_of(
-                given,
-                start,
-                size,
-            )
+    # Where a prediction depends on its batch, these are the batches of the trainer.
+    fixed = signature["batch"]
+    size = fixed or signature["at_once"] or rows
+    starts = range(0, rows, size)
+    sizes = [
+        fixed
+        or min(
+            size,
+            rows - start,
         )
-        for start in range(0, rows, size)
+        for start in starts
+    ]
+    parts = [
+        run(rows_of(given, *part))
+        for part in zip(
+            starts,
+            sizes,
+            strict=True,
+        )
     ]
     outputs = {}
     for entry in signature["outputs"]:

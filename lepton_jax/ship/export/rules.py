@@ -1,6 +1,7 @@
 """Operations in the words of others, for converters that lack or misread them.
 
-Each rule takes an operation's operands and parameters, and returns its results.
+Each rule takes an operation's operands and parameters, and returns its results, or None
+where the operation is fine as it is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Rule = Callable[[list[Any], Mapping[str, Any]], list[Any]]
+Rule = Callable[[list[Any], Mapping[str, Any]], list[Any] | None]
 
 
 def argmax(
@@ -82,16 +83,69 @@ def window_sum(
     ]
 
 
+def select(operands: list[Any], params: Mapping[str, Any]) -> list[Any] | None:
+    """Choose between two arrays of truth values, or of unsigned integers.
+
+    ONNX Runtime 1.32 has no `Where` for these types.
+    """
+    which, *cases = operands
+    if len(cases) != 2:
+        return None
+    off, on = cases
+    if off.dtype == jnp.bool_:
+        return [(which & on) | (~which & off)]
+    if off.dtype not in (jnp.uint16, jnp.uint32):
+        return None
+    chosen = jnp.where(which, on.astype(jnp.int32), off.astype(jnp.int32))
+    return [chosen.astype(off.dtype)]
+
+
+def batched_product(
+    operands: list[Any],
+    params: Mapping[str, Any],
+) -> list[Any] | None:
+    """Multiply a vector with a matrix for each row: as products that are summed up.
+
+    IREE 3.13 gives wrong numbers for such a product of what was just looked up in a
+    table: 53 for 0 in `einsum("bn,bnc->bc", present, jnp.take(table, ids, axis=0))`.
+    """
+    left, right = operands
+    (left_sum, right_sum), (left_batch, right_batch) = params["dimension_numbers"]
+    if not left_batch:
+        return None
+    left_free = _others(left, left_sum, left_batch)
+    right_free = _others(right, right_sum, right_batch)
+    if left_free and right_free:
+        return None
+    left = jnp.transpose(left, (*left_batch, *left_free, *left_sum))
+    right = jnp.transpose(right, (*right_batch, *right_free, *right_sum))
+    count = len(left_batch)
+    left = jnp.expand_dims(left, range(count, count + len(right_free)))
+    right = jnp.expand_dims(right, range(count, count + len(left_free)))
+    summed = range(-len(left_sum), 0)
+    product = jnp.sum(left * right, axis=tuple(summed))
+    kind = params["preferred_element_type"] or product.dtype
+    return [product.astype(kind)]
+
+
 # jax2onnx 0.17.1 makes of a window over (batch, height, width, channels) a MaxPool of
 # four dims, and ONNX Runtime has them up to three.
 POOLING: dict[str, Rule] = {
     "reduce_window_max": window_max,
     "reduce_window_sum": window_sum,
 }
-ARGMAX: dict[str, Rule] = {"argmax": argmax}
+FOR_ONNX: dict[str, Rule] = {**POOLING, "select_n": select}
+FOR_LITERT: dict[str, Rule] = {"argmax": argmax}
+FOR_IREE: dict[str, Rule] = {"dot_general": batched_product}
 
 
 # ---- internals ----
+
+
+def _others(values: Any, *taken: Any) -> tuple[int, ...]:
+    """Return the dims of an array that are in none of some groups."""
+    used = {dim for dims in taken for dim in dims}
+    return tuple(dim for dim in range(values.ndim) if dim not in used)
 
 
 def _windows(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import export
 
@@ -49,7 +50,8 @@ class Source:
       outputs: signature.
       exported: the program; None: it has to be made of `run`.
       is_live: whether JAX can trace into `run`: the model's code is at hand.
-      meeting: the place where samples of a batch meet; None: they do not.
+      meeting: the reason why a prediction depends on its batch; None: it does not.
+      batch_size: of the recipe.
       name: of the model.
     """
 
@@ -60,6 +62,7 @@ class Source:
     exported: export.Exported | None
     is_live: bool
     meeting: str | None
+    batch_size: int
     name: str
 
     def shapes(
@@ -80,11 +83,13 @@ class Source:
 
         The weights are constants of it.
         """
+        # as JAX's own arrays: a model may add to one in place
+        weights = {path: jnp.asarray(x) for path, x in self.weights.items()}
 
         def run(*arrays: Any) -> tuple[Any, ...]:
             names = [tensor.name for tensor in self.inputs]
             outputs = self.run(
-                self.weights,
+                weights,
                 dict(zip(names, arrays, strict=True)),
             )
             return tuple(outputs[tensor.name] for tensor in self.outputs)
@@ -112,6 +117,7 @@ def source_of(
         exported=exported,
         is_live=model is not None,
         meeting=artifact.manifest.meeting,
+        batch_size=artifact.manifest.batch_size,
         name=artifact.manifest.name,
     )
 
@@ -147,8 +153,8 @@ class Target:
             reasons.append(f"{self.name} has one fixed batch size")
         if source.meeting is not None and fixed is not None and self.is_program:
             reasons.append(
-                f"the samples of a batch meet ({source.meeting}), so that a batch"
-                f" of {fixed} that is filled up would predict something else"
+                f"a prediction depends on its batch ({source.meeting}), so that one of"
+                f" {fixed} rows that is filled up would be another"
             )
         return reasons
 
@@ -201,6 +207,7 @@ def write_signature(
         "target": target,
         "name": source.name,
         "batch": batch,
+        "at_once": None if source.meeting is None else source.batch_size,
         **more,
         "inputs": _entries(source.inputs, batch, words),
         "outputs": _entries(source.outputs, batch, words),

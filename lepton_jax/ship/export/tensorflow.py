@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from lepton_jax.ship.export import inlined
-from lepton_jax.ship.export.rules import ARGMAX
+from lepton_jax.ship.export.lowering import operations
+from lepton_jax.ship.export.rules import FOR_LITERT
 from lepton_jax.ship.export.target import (
     Options,
     Source,
@@ -92,12 +92,14 @@ class LiteRT(Target):
         """See `Target.write`."""
         tf = _tensorflow("--to litert")
         batch = self.batch_of(source, options)
+        assert batch is not None
+        shapes = list(source.shapes(batch).values())
         with tempfile.TemporaryDirectory() as place, _one_error(self.name):
             _save(
                 source,
                 Path(place),
                 batch,
-                _portable(source, batch),
+                operations(source, shapes, FOR_LITERT),
             )
             converter = tf.lite.TFLiteConverter.from_saved_model(place)
             content = converter.convert()
@@ -130,27 +132,6 @@ class _one_error:
 def _tensorflow(purpose: str) -> Any:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     return needs("tensorflow", extra=EXTRA, purpose=purpose)
-
-
-def _portable(
-    source: Source,
-    batch: int | None,
-) -> Callable[..., Any]:
-    """Return a model of operations that TensorFlow Lite has."""
-    if not source.is_live or batch is None:
-        return source.closed()
-    program = jax.make_jaxpr(source.closed())(*source.shapes(batch).values())
-
-    def function(*arrays: Any) -> tuple[Any, ...]:
-        return tuple(
-            inlined.run(
-                program,
-                arrays,
-                rules=ARGMAX,
-            )
-        )
-
-    return function
 
 
 def _save(

@@ -21,7 +21,7 @@ from lepton_jax.ship.shrink.masks import (
     rising,
     zeros,
 )
-from lepton_jax.ship.shrink.measuring import latency_of, size_of
+from lepton_jax.ship.shrink.measuring import latencies_of, latency_of, size_of
 from lepton_jax.ship.shrink.quantization import KINDS, aware, quantize
 from lepton_jax.ship.shrink.search import Candidate, Frontier, search
 
@@ -36,6 +36,7 @@ __all__ = [
     "cut",
     "distillation_loss",
     "distilled",
+    "latencies_of",
     "latency_of",
     "magnitude",
     "n_of_m",

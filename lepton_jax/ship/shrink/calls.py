@@ -26,7 +26,8 @@ def some_inputs(
     """Return a batch of zeros as the model takes it, after `Recipe.preprocess`."""
 
     def zeros(shape: Any) -> Any:
-        return jnp.asarray(np.zeros((rows, *shape.shape[1:]), shape.dtype))
+        extents = (rows, *shape.shape[1:])
+        return jnp.asarray(np.zeros(extents, shape.dtype))
 
     inputs = jax.tree.map(zeros, trainer.program.trace.inputs)
     return preprocessed(trainer, inputs)

@@ -39,6 +39,8 @@ from lepton_jax.ship.shrink.calls import called
 from lepton_jax.ship.shrink.packed import name_of
 
 Dim = tuple[int, ...]  # labels, outermost first
+Dims = list[Dim]  # of a value
+Operands = list[Dims]
 
 # Operations that compute each entry of the output of the entries at its place.
 ELEMENTWISE = frozenset((
@@ -111,11 +113,11 @@ def channels_of(
     program = jax.make_jaxpr(call)(state, inputs).jaxpr
     labels = Labels()
     reader = Reader(labels)
-    weights = [labels.of(x.aval.shape) for x in program.invars[: len(paths)]]
-    given = [labels.of(x.aval.shape) for x in program.invars[len(paths) :]]
-    for dims in given:
+    arguments = [labels.of(x.aval.shape) for x in program.invars]
+    weights = arguments[: len(paths)]
+    for dims in arguments[len(paths) :]:
         labels.fix(dims)
-    outputs = reader.read(program, [*weights, *given], [])
+    outputs = reader.read(program, arguments, [])
     for dims in outputs:
         labels.fix(dims)
     return _collected(labels, dict(zip(paths, weights, strict=True)))
@@ -185,7 +187,7 @@ class Labels:
         self,
         shape: Iterable[int],
         fixed: bool = False,
-    ) -> list[Dim]:
+    ) -> Dims:
         """Return dims of a shape with labels of their own."""
         return [self.new(size, fixed) for size in shape]
 
@@ -270,7 +272,7 @@ class Labels:
         self,
         dims: Sequence[Dim],
         shape: Sequence[int],
-    ) -> list[Dim]:
+    ) -> Dims:
         """Return the dims of a value after a reshape."""
         left = [label for dim in dims for label in self.resolved(dim)]
         made = []
@@ -308,9 +310,9 @@ class Reader:
     def read(
         self,
         program: Any,
-        given: Sequence[list[Dim]],
+        given: Sequence[Dims],
         constants: Sequence[Any],
-    ) -> list[list[Dim]]:
+    ) -> Operands:
         """Follow a program.
 
         Args:
@@ -321,11 +323,11 @@ class Reader:
         Returns:
           The dims of its outputs.
         """
-        known: dict[Any, list[Dim]] = dict(zip(program.invars, given, strict=True))
+        known: dict[Any, Dims] = dict(zip(program.invars, given, strict=True))
         for constant in program.constvars:
             known[constant] = self.labels.of(constant.aval.shape, fixed=True)
 
-        def look_up(x: Any) -> list[Dim]:
+        def look_up(x: Any) -> Dims:
             if not isinstance(x, Literal):
                 return known[x]
             return self.labels.of(np.shape(x.val), fixed=True)
@@ -339,8 +341,8 @@ class Reader:
     def _followed(
         self,
         eqn: Any,
-        dims: list[list[Dim]],
-    ) -> list[list[Dim]]:
+        dims: Operands,
+    ) -> Operands:
         name = eqn.primitive.name
         inner = called_jaxpr(eqn)
         if inner is not None and len(inner[0].invars) == len(dims):
@@ -359,8 +361,8 @@ class Reader:
     def _unknown(
         self,
         eqn: Any,
-        dims: list[list[Dim]],
-    ) -> list[list[Dim]]:
+        dims: Operands,
+    ) -> Operands:
         for own in dims:
             self.labels.fix(own)
         return [self.labels.of(x.aval.shape, fixed=True) for x in eqn.outvars]
@@ -368,10 +370,10 @@ class Reader:
     def _elementwise(
         self,
         eqn: Any,
-        dims: list[list[Dim]],
-    ) -> list[Dim]:
+        dims: Operands,
+    ) -> Dims:
         """Unite the dims of the operands; one of extent 1 is stretched."""
-        made: list[Dim] = []
+        made: Dims = []
         for at, extent in enumerate(eqn.outvars[0].aval.shape):
             alike = [own[at] for own in dims if own and own[at]]
             first = alike[0] if alike else self.labels.new(extent)
@@ -383,8 +385,8 @@ class Reader:
     def _reduced(
         self,
         eqn: Any,
-        dims: list[Dim],
-    ) -> list[Dim]:
+        dims: Dims,
+    ) -> Dims:
         axes = eqn.params["axes"]
         self.labels.fix(dims[axis] for axis in axes)
         return [dim for axis, dim in enumerate(dims) if axis not in axes]
@@ -392,8 +394,8 @@ class Reader:
     def _broadcast_in_dim(
         self,
         eqn: Any,
-        dims: list[list[Dim]],
-    ) -> list[Dim]:
+        dims: Operands,
+    ) -> Dims:
         made = self.labels.of(eqn.params["shape"])
         places = zip(eqn.params["broadcast_dimensions"], dims[0], strict=True)
         for at, dim in places:
@@ -404,52 +406,54 @@ class Reader:
     def _reshape(
         self,
         eqn: Any,
-        dims: list[list[Dim]],
-    ) -> list[Dim]:
+        dims: Operands,
+    ) -> Dims:
         return self.labels.reshaped(dims[0], eqn.outvars[0].aval.shape)
 
     def _squeeze(
         self,
         eqn: Any,
-        dims: list[list[Dim]],
-    ) -> list[Dim]:
+        dims: Operands,
+    ) -> Dims:
         gone = eqn.params["dimensions"]
         return [dim for at, dim in enumerate(dims[0]) if at not in gone]
 
     def _transpose(
         self,
         eqn: Any,
-        dims: list[list[Dim]],
-    ) -> list[Dim]:
+        dims: Operands,
+    ) -> Dims:
         return [dims[0][at] for at in eqn.params["permutation"]]
 
     def _dot_general(
         self,
         eqn: Any,
-        dims: list[list[Dim]],
-    ) -> list[Dim]:
+        dims: Operands,
+    ) -> Dims:
         left, right = dims[:2]
         contracted, batched = eqn.params["dimension_numbers"]
-        for a, b in (*zip(*contracted, strict=True), *zip(*batched, strict=True)):
+        of_left = (*contracted[0], *batched[0])
+        of_right = (*contracted[1], *batched[1])
+        for a, b in zip(of_left, of_right, strict=True):
             self.labels.unite(left[a], right[b])
-        taken = [{*c, *b} for c, b in zip(contracted, batched, strict=True)]
         made = [left[at] for at in batched[0]]
-        made += [dim for at, dim in enumerate(left) if at not in taken[0]]
-        made += [dim for at, dim in enumerate(right) if at not in taken[1]]
+        made += _others(left, of_left)
+        made += _others(right, of_right)
         return made
 
     def _conv_general_dilated(
         self,
         eqn: Any,
-        dims: list[list[Dim]],
-    ) -> list[Dim]:
+        dims: Operands,
+    ) -> Dims:
         left, right = dims
         shape = eqn.outvars[0].aval.shape
         numbers = eqn.params["dimension_numbers"]
         groups = eqn.params["feature_group_count"] * eqn.params["batch_group_count"]
         batch, features, *places = numbers.lhs_spec
         outputs, inputs, *window = numbers.rhs_spec
-        self.labels.fix([left[at] for at in places] + [right[at] for at in window])
+        self.labels.fix(left[at] for at in places)
+        self.labels.fix(right[at] for at in window)
         if groups == 1:
             self.labels.unite(left[features], right[inputs])
         else:
@@ -462,16 +466,16 @@ class Reader:
     def _windowed(
         self,
         eqn: Any,
-        dims: list[Dim],
-    ) -> list[Dim]:
+        dims: Dims,
+    ) -> Dims:
         """Follow a pooling: dims that its window does not reach over stay."""
         return self._where_unchanged(eqn, dims, eqn.params["window_dimensions"], 1)
 
     def _slice(
         self,
         eqn: Any,
-        dims: list[list[Dim]],
-    ) -> list[Dim]:
+        dims: Operands,
+    ) -> Dims:
         shape = eqn.outvars[0].aval.shape
         before = eqn.invars[0].aval.shape
         changed = [int(a != b) for a, b in zip(before, shape, strict=True)]
@@ -480,24 +484,25 @@ class Reader:
     def _pad(
         self,
         eqn: Any,
-        dims: list[list[Dim]],
-    ) -> list[Dim]:
+        dims: Operands,
+    ) -> Dims:
         padding = [int(any(own)) for own in eqn.params["padding_config"]]
         return self._where_unchanged(eqn, dims[0], padding, 0)
 
     def _rev(
         self,
         eqn: Any,
-        dims: list[list[Dim]],
-    ) -> list[Dim]:
-        changed = [int(at in eqn.params["dimensions"]) for at in range(len(dims[0]))]
+        dims: Operands,
+    ) -> Dims:
+        reversed_dims = eqn.params["dimensions"]
+        changed = [int(at in reversed_dims) for at in range(len(dims[0]))]
         return self._where_unchanged(eqn, dims[0], changed, 0)
 
     def _concatenate(
         self,
         eqn: Any,
-        dims: list[list[Dim]],
-    ) -> list[Dim]:
+        dims: Operands,
+    ) -> Dims:
         joined = eqn.params["dimension"]
         first, *others = dims
         for own in others:
@@ -505,15 +510,16 @@ class Reader:
                 if at != joined:
                     self.labels.unite(a, b)
         self.labels.fix(own[joined] for own in dims)
+        extent = eqn.outvars[0].aval.shape[joined]
         made = list(first)
-        made[joined] = self.labels.new(eqn.outvars[0].aval.shape[joined], fixed=True)
+        made[joined] = self.labels.new(extent, fixed=True)
         return made
 
     def _gather(
         self,
         eqn: Any,
-        dims: list[list[Dim]],
-    ) -> list[Dim]:
+        dims: Operands,
+    ) -> Dims:
         """Follow a look-up: whole rows of a table keep their dims."""
         table, indices = dims
         numbers = eqn.params["dimension_numbers"]
@@ -531,7 +537,7 @@ class Reader:
                 made[at] = table[dim]
             else:
                 self.labels.fix([table[dim]])
-        batch = [at for at in range(len(made)) if at not in numbers.offset_dims]
+        batch = _others(list(range(len(made))), numbers.offset_dims)
         for at, own in zip(batch, indices, strict=False):
             made[at] = own
         return made
@@ -539,10 +545,10 @@ class Reader:
     def _where_unchanged(
         self,
         eqn: Any,
-        dims: list[Dim],
+        dims: Dims,
         values: Sequence[int],
         same: int,
-    ) -> list[Dim]:
+    ) -> Dims:
         """Return a value's dims where an operation leaves them, else fixed ones."""
         made = self.labels.of(eqn.outvars[0].aval.shape, fixed=True)
         for at, value in enumerate(values):
@@ -551,3 +557,9 @@ class Reader:
             else:
                 self.labels.fix([dims[at]])
         return made
+
+
+def _others(values: Sequence[Any], places: Iterable[int]) -> list[Any]:
+    """Return the values that are not at some places."""
+    gone = set(places)
+    return [value for at, value in enumerate(values) if at not in gone]

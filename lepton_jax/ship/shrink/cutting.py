@@ -33,6 +33,7 @@ from lepton_jax.trees import matches
 ROWS = 1024
 BATCH = 128
 SEED = 0  # of the rows that are drawn, and of the batch that a cut is checked on
+FEW = 4  # rows that a cut is checked on
 
 # Largest difference of a cut module from the whole one with zeros, as a share of the
 # largest output: float32 adds up other terms in another order.
@@ -210,8 +211,9 @@ def check_cut(
             remedy=remedy,
         ) from error
     expected = called(zeroed(module, groups, kept), inputs)
-    pairs = zip(jax.tree.leaves(outputs), jax.tree.leaves(expected), strict=True)
-    for one, other in pairs:
+    made = jax.tree.leaves(outputs)
+    wanted = jax.tree.leaves(expected)
+    for one, other in zip(made, wanted, strict=True):
         largest = float(jnp.abs(other).max()) + 1e-6
         if float(jnp.abs(one - other).max()) > TOLERANCE * largest:
             raise ModelError(
@@ -234,7 +236,7 @@ def mask_of(
       place: where its channels are.
       stays: bool (channels,).
     """
-    spread = jnp.broadcast_to(stays[:, None], (len(stays), place.inner)).reshape(-1)
+    spread = jnp.repeat(stays, place.inner)
     along = jnp.tile(spread, place.outer)
     dims = [1] * len(shape)
     dims[place.dim] = -1
@@ -335,7 +337,8 @@ def _random_inputs(trainer: Any) -> Any:
     """Return a small batch: rows of the training data, or noise."""
     train = trainer.recipe.train
     if isinstance(train, Arrays):
-        inputs, _ = train.take(np.arange(min(4, len(train))))
+        first = np.arange(min(FEW, len(train)))
+        inputs, _ = train.take(first)
         return preprocessed(trainer, jax.tree.map(jnp.asarray, inputs))
     rng = np.random.default_rng(SEED)
 
@@ -344,7 +347,7 @@ def _random_inputs(trainer: Any) -> Any:
             return x
         return jnp.asarray(rng.normal(size=x.shape), x.dtype)
 
-    return jax.tree.map(noise, some_inputs(trainer, 4))
+    return jax.tree.map(noise, some_inputs(trainer, FEW))
 
 
 def _tell_sizes(node: nnx.Module) -> None:

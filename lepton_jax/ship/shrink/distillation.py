@@ -185,7 +185,8 @@ def _with_answers(
             where="teacher",
             remedy="distil from a model with one output",
         )
-    return Arrays(data.inputs, {TARGET: data.targets, TEACHER: np.asarray(answers)})
+    targets = {TARGET: data.targets, TEACHER: np.asarray(answers)}
+    return Arrays(data.inputs, targets)
 
 
 def _asking(teacher: Any) -> Callable[[Any], Any]:

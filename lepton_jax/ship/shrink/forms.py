@@ -109,11 +109,14 @@ class Form:
         weight: Any,
         share: float,
     ) -> Any:
-        triples = zip(range(len(self.shape)), self.shape, self.tiles, strict=True)
+        tiled = {}
+        for dim, tile in enumerate(self.tiles):
+            if tile < self.shape[dim]:
+                tiled[dim] = tile
         return qwix().quantize(
             jnp.asarray(weight),
             f"int{self.bits}",
-            tiled_axes={dim: tile for dim, extent, tile in triples if tile < extent},
+            tiled_axes=tiled,
             calibration_method=f"absmax,{share}",
         )
 
@@ -148,8 +151,9 @@ def by_rows(
       bits: of a number.
       group: numbers of a row that share a scale; None: all.
     """
-    tile = shape[-1] if group is None else divisor(shape[-1], group)
-    return Form(bits, shape, (1,) * (len(shape) - 1) + (tile,))
+    *rows, dim = shape
+    tile = dim if group is None else divisor(dim, group)
+    return Form(bits, shape, (*[1] * len(rows), tile))
 
 
 def divisor(
@@ -161,7 +165,8 @@ def divisor(
     >>> divisor(96, 32), divisor(50, 32), divisor(7, 4)
     (32, 25, 1)
     """
-    return max(n for n in range(1, min(extent, most) + 1) if extent % n == 0)
+    candidates = range(1, min(extent, most) + 1)
+    return max(n for n in candidates if extent % n == 0)
 
 
 def in_pairs(values: jax.Array) -> jax.Array:
@@ -190,4 +195,5 @@ def _squared_error(
     weight: Any,
     array: Any,
 ) -> jax.Array:
-    return jnp.sum((jnp.asarray(weight) - qwix().dequantize(array)) ** 2)
+    apart = jnp.asarray(weight) - qwix().dequantize(array)
+    return jnp.sum(apart**2)

@@ -139,7 +139,8 @@ def magnitude(
         count: jax.Array,
     ) -> jax.Array:
         zeros = jnp.floor(schedule(count) * value.size).astype(jnp.int32)
-        return _ranks(jnp.abs(value).reshape(-1)).reshape(value.shape) >= zeros
+        ranks = _ranks(jnp.abs(value).reshape(-1))
+        return ranks.reshape(value.shape) >= zeros
 
     return _masking(choose, every)
 
@@ -177,8 +178,8 @@ def n_of_m(
         inputs = value.shape[-2]
         if inputs % m:
             return jnp.ones(value.shape, bool)
-        parts = jnp.swapaxes(jnp.abs(value), -1, -2).reshape(-1, m)
-        stays = _ranks(parts) >= m - n
+        by_output = jnp.swapaxes(jnp.abs(value), -1, -2)
+        stays = _ranks(by_output.reshape(-1, m)) >= m - n
         outputs = (*value.shape[:-2], value.shape[-1], inputs)
         return jnp.swapaxes(stays.reshape(outputs), -1, -2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -47,23 +48,34 @@ def latency_of(
       rows: of the batch.
       seconds: that the timing takes at most, compiling not counted.
     """
-    model = traced(trainer)
-    weights = jax.device_put(model.weights)
-    inputs = {
-        name: jax.device_put(np.zeros((rows, *shape.shape[1:]), shape.dtype))
-        for name, shape in model.inputs.items()
-    }
-    run = jax.jit(model.run).lower(weights, inputs).compile()
-    jax.block_until_ready(run(weights, inputs))
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < MOST_CALLS:
-        began = time.perf_counter()
-        if began > end and len(times) >= FEWEST_CALLS:
+    return latencies_of([trainer], rows, seconds)[0]
+
+
+def latencies_of(
+    trainers: Sequence[Any],
+    rows: int = ROWS,
+    seconds: float = SECONDS,
+) -> list[float]:
+    """Return the median milliseconds of several models, which are called in turns.
+
+    What slows the machine down for a while slows all of them.
+
+    Args:
+      trainers: with the models.
+      rows: of the batch.
+      seconds: for each model, at most.
+    """
+    calls = [_compiled(trainer, rows) for trainer in trainers]
+    times: list[list[float]] = [[] for _ in calls]
+    end = time.perf_counter() + seconds * len(calls)
+    for number in range(MOST_CALLS):
+        if time.perf_counter() > end and number >= FEWEST_CALLS:
             break
-        jax.block_until_ready(run(weights, inputs))
-        times.append(time.perf_counter() - began)
-    return MILLISECONDS * statistics.median(times)
+        for own, call in zip(times, calls, strict=True):
+            began = time.perf_counter()
+            call()
+            own.append(time.perf_counter() - began)
+    return [MILLISECONDS * statistics.median(own) for own in times]
 
 
 def metric_name(
@@ -130,3 +142,23 @@ def keeps(
     if less_is_better(name):
         return value <= whole + slack
     return value >= whole - slack
+
+
+# ---- internals ----
+
+
+def _compiled(trainer: Any, rows: int) -> Callable[[], None]:
+    """Return a function that predicts a batch of zeros, and waits for it."""
+    model = traced(trainer)
+    weights = jax.device_put(model.weights)
+    inputs = {}
+    for name, shape in model.inputs.items():
+        batch = np.zeros((rows, *shape.shape[1:]), shape.dtype)
+        inputs[name] = jax.device_put(batch)
+    run = jax.jit(model.run).lower(weights, inputs).compile()
+
+    def call() -> None:
+        jax.block_until_ready(run(weights, inputs))
+
+    call()
+    return call

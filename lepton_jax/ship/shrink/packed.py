@@ -59,9 +59,7 @@ def packed(
         form = forms.get(name_of(path))
         stored[path] = _variables(variable, form)
     kinds = {path: type(variable) for path, variable in template}
-    nested = traverse_util.unflatten_dict(
-        {tuple(map(str, path)): value for path, value in stored.items()}
-    )
+    nested = traverse_util.unflatten_dict(stored)
 
     def call(self: Any, *arguments: Any, **named: Any) -> Any:
         values = {}
@@ -171,7 +169,8 @@ def _variables(
 def _as_data(tree: Any) -> Any:
     if isinstance(tree, nnx.Variable):
         return tree
-    return nnx.Dict({str(key): _as_data(value) for key, value in tree.items()})
+    parts = {str(key): _as_data(part) for key, part in tree.items()}
+    return nnx.Dict(parts)
 
 
 def _at(

@@ -239,7 +239,8 @@ def in_whole_numbers(
     """
     rules = _rules(trainer, module, forms)
     made = _by_qwix(trainer, module, qwix().PtqProvider(rules))
-    after = {name_of(path) for path, _ in nnx.to_flat_state(nnx.state(made))}
+    state = nnx.to_flat_state(nnx.state(made))
+    after = {name_of(path) for path, _ in state}
     covered = {path for path in forms if path not in after}
     return made, covered
 

@@ -13,6 +13,7 @@ two that differ by less than 2 % the quicker one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -44,6 +45,8 @@ CUTS = (0.75, 0.5, 0.25)
 # with which they are made (assumptions).
 EPOCHS = 1.0
 FINE_TUNING = 0.3
+
+SAMPLED = 20  # steps at which a schedule is read, to find its peak; assumption
 
 # Differences of size below which the quicker model is the cheaper one.
 ALIKE = 0.02
@@ -121,7 +124,11 @@ class Frontier:
     def best(self) -> list[Candidate]:
         """Return the candidates that no other one beats in size, time and metric."""
         every = [self.whole, *self.candidates]
-        return [one for one in every if not any(_beats(o, one, self) for o in every)]
+        best = []
+        for one in every:
+            if not any(_beats(other, one, self) for other in every):
+                best.append(one)
+        return best
 
     def __str__(self) -> str:
         heads = ("", "model", "bytes", "share", f"ms, {self.rows} rows", self.metric)
@@ -172,7 +179,13 @@ class Judge(NamedTuple):
         trainer: Any,
         whole: float | None,
     ) -> Candidate:
-        """Measure a model; `whole` is the given one's metric, None for itself."""
+        """Measure a model but for its time.
+
+        Args:
+          name: of the model.
+          trainer: of it.
+          whole: metric of the model that was given; None: it is that one.
+        """
         value = self.value(trainer)
         judged = value
         if self.judging is not self.choosing:
@@ -180,14 +193,8 @@ class Judge(NamedTuple):
         is_kept = True
         if whole is not None:
             is_kept = measuring.keeps(self.metric, value, whole, self.keep)
-        return Candidate(
-            name,
-            measuring.size_of(trainer),
-            measuring.latency_of(trainer, self.rows),
-            value,
-            judged,
-            is_kept,
-        )
+        size = measuring.size_of(trainer)
+        return Candidate(name, size, math.nan, value, judged, is_kept)
 
 
 def search(
@@ -237,6 +244,11 @@ def search(
         except ModelError as error:
             notes.append(f"not tried: {error.what}")
 
+    report("timing all of them in turns")
+    models = [trainer, *(model for _, model in tried)]
+    times = iter(measuring.latencies_of(models, rows))
+    whole = replace(whole, milliseconds=next(times))
+    tried = [(replace(one, milliseconds=next(times)), model) for one, model in tried]
     tried.sort(key=lambda pair: pair[0].nbytes)
     kept = [pair for pair in tried if pair[0].keeps]
     chosen, model = _cheapest(kept) if kept else (None, None)
@@ -349,8 +361,8 @@ def _fine_tuning(trainer: Any) -> dict[str, Any]:
         return {}
     if callable(rate):
         total = trainer.recipe.steps or trainer.step or 1
-        rates = [float(rate(step)) for step in range(0, total, max(1, total // 20))]
-        rate = max(rates)
+        steps = range(0, total, max(1, total // SAMPLED))
+        rate = max(float(rate(step)) for step in steps)
     return {"learning_rate": FINE_TUNING * rate, "controller": ()}
 
 
@@ -444,7 +456,8 @@ class Probe:
 
 def _cheapest(kept: list[tuple[Candidate, Any]]) -> tuple[Candidate, Any]:
     smallest = kept[0][0].nbytes
-    alike = [pair for pair in kept if pair[0].nbytes <= (1 + ALIKE) * smallest]
+    most = (1 + ALIKE) * smallest
+    alike = [pair for pair in kept if pair[0].nbytes <= most]
     return min(alike, key=lambda pair: pair[0].milliseconds)
 
 
