@@ -234,6 +234,17 @@ def test_something_else_in_the_place_is_left_alone(artifact, tmp_path):
     assert (tmp_path / "thesis.txt").exists()
 
 
+def test_without_rows_nothing_is_written_unless_a_person_says_so(
+    model, tmp_path, capsys
+):
+    arguments = [str(model), "--to", "stablehlo", "-o", str(tmp_path / "out")]
+    assert command.main(arguments) == 2
+    assert "--no-replay" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert command.main([*arguments, "--no-replay"]) == 0
+    assert (tmp_path / "out" / "program.stablehlo").exists()
+
+
 def test_a_runtime_that_is_not_there_is_said_with_the_option(artifact, tmp_path):
     export.export(artifact, "stablehlo", tmp_path / "out", replays=False)
     with pytest.raises(ModelError, match="can't be run") as raised:
@@ -293,6 +304,7 @@ def test_a_run_is_exported_again_from_checkpoint_and_recipe(tmp_path, capsys):
     capsys.readouterr()
     for _ in range(2):
         assert command.main([str(run), "-o", str(tmp_path / "small.lepton")]) == 0
+        assert "equal to the trainer within 1e-05" in capsys.readouterr().out
     artifact = lepton.Artifact.open(tmp_path / "small.lepton")
     assert artifact.manifest.recipe["settings"] == {"width": 5}
     assert artifact.manifest.recipe["run"] == str(run)

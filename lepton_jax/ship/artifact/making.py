@@ -157,6 +157,7 @@ def _recipe(trainer: Any) -> dict[str, Any]:
             )
         ),
         "model": trainer.program.trace.functional.name,
+        "precision": trainer.recipe.precision,
         "run": None if trainer.run_dir is None else str(Path(trainer.run_dir)),
     }
 

@@ -192,7 +192,11 @@ def programs_of(model: Traced, batch_size: int) -> Programs:
       ModelError: it can't be lowered for the recipe's own batch size.
     """
     try:
-        return Programs({ANY: exported(model)}, PLATFORMS, ())
+        return Programs(
+            {ANY: exported(model)},
+            PLATFORMS,
+            (),
+        )
     except Exception as error:  # the model's code, with a symbolic extent
         reason = _first_line(error)
     platforms, notes = _platforms(model, batch_size)
@@ -202,10 +206,21 @@ def programs_of(model: Traced, batch_size: int) -> Programs:
         except Exception as error:  # the same
             reason = _first_line(error)
         else:
-            return Programs({ANY: program}, platforms, tuple(notes))
+            return Programs(
+                {ANY: program},
+                platforms,
+                tuple(notes),
+            )
     sizes = sorted({*FIXED, batch_size})
     notes.append(f"it has programs of the batch sizes {sizes} alone: {reason}")
-    programs = {size: exported(model, size, platforms) for size in sizes}
+    programs = {
+        size: exported(
+            model,
+            size,
+            platforms,
+        )
+        for size in sizes
+    }
     return Programs(programs, platforms, tuple(notes))
 
 

@@ -125,5 +125,8 @@ def _unknown(source: Source) -> list[str]:
     for eqn, callers in inlined.equations(program):
         name = eqn.primitive.name
         if name not in FOR_ONNX and name not in system.PLUGIN_REGISTRY:
-            found.setdefault(name, inlined.place_of(eqn, callers))
+            found.setdefault(
+                name,
+                inlined.place_of(eqn, callers),
+            )
     return [f"{name} ({line})" for name, line in found.items()]
