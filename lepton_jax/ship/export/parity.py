@@ -385,12 +385,12 @@ def _departs(
 
 
 def _absolute(expected: np.ndarray, found: np.ndarray) -> float:
-    """Return the largest difference of two numbers; what is no number does not count."""
+    """Return the largest difference of two numbers; NaN does not count."""
     if expected.shape != found.shape:
         return float("inf")
     with np.errstate(invalid="ignore"):  # infinity from infinity
         gaps = np.abs(np.asarray(expected, np.float64) - found)
-    return float(np.nan_to_num(gaps).max(initial=0.0))
+    return float(np.where(np.isnan(gaps), 0.0, gaps).max(initial=0.0))
 
 
 def _of_weights(
