@@ -30,7 +30,13 @@ def operations(
     program = jax.make_jaxpr(source.closed())(*inputs)
 
     def function(*arrays: Any) -> tuple[Any, ...]:
-        return tuple(inlined.run(program, arrays, rules=rules))
+        return tuple(
+            inlined.run(
+                program,
+                arrays,
+                rules=rules,
+            )
+        )
 
     return function
 
