@@ -33,7 +33,7 @@ class Api(litserve.LitAPI):
             self.call(np.zeros((size, *self.shape[1:]), np.float32))
             size *= 2
 
-    def decode_request(self, request: Any) -> np.ndarray:
+    def decode_request(self, request):  # LitServe takes an annotation for a schema
         """Return a row."""
         return np.array(request["inputs"], np.float32).reshape(self.shape[1:])
 
@@ -51,7 +51,7 @@ class Api(litserve.LitAPI):
         """Return the rows of the outputs."""
         return list(output)
 
-    def encode_response(self, output: np.ndarray) -> dict[str, Any]:
+    def encode_response(self, output):
         """Return an answer."""
         return {"outputs": output.tolist()}
 
