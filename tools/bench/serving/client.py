@@ -3,9 +3,9 @@
     python -m tools.bench.serving.client < JOB.json
 
 It is given {"port", "path", "headers", "body" (a file), "connections", "seconds"}, and
-prints {"latencies": [seconds], "seconds", "statuses": {status: count}, "answer"}. It
-does as little as it can for a response, for it shares the machine with the server: it
-reads the head once, and then counts bytes as long as the length stays the same.
+prints {"latencies": [seconds], "computed": [seconds, by Server-Timing], "seconds",
+"statuses": {status: count}, "answer"}. It does as little as it can for a response, for
+it shares the machine with the server: it reads the head once, and then counts bytes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
+COMPUTED = re.compile(rb"compute;dur=([0-9.]+)")  # milliseconds
+MILLI = 1e-3
 STATUS = slice(9, 12)  # of "HTTP/1.1 200 OK"
 END = b"\r\n\r\n"
 
@@ -71,6 +73,8 @@ class Connection(asyncio.Protocol):
         load = self._load
         load.latencies.append(now - self._began)
         load.statuses[self._parts[STATUS].decode()] += 1
+        computed = COMPUTED.search(self._parts)
+        load.computed.append(MILLI * float(computed[1]) if computed else 0.0)
         load.answer = load.answer or bytes(self._parts)
         if now < load.until:
             self._send()
@@ -89,6 +93,7 @@ class Load:
 
     def __init__(self, job: dict[str, Any]):
         self.latencies: list[float] = []
+        self.computed: list[float] = []
         self.statuses: Counter[str] = Counter()
         self.answer = b""
         self.until = 0.0
@@ -117,6 +122,7 @@ class Load:
         await asyncio.wait_for(self._done.wait(), job["seconds"] + 60)
         return {
             "latencies": self.latencies,
+            "computed": self.computed,
             "seconds": time.perf_counter() - began,
             "statuses": dict(self.statuses),
             "answer": self.answer.decode("latin-1"),
