@@ -13,9 +13,10 @@ in another:
   with arrays that lie ready. Next to a plain FastAPI handler around `jit`, the better
   of two, and LitServe, which both get JSON alone.
 
-All servers are started first, and idle until it is their turn. A round is a slice of
-each, and of the bare function before them; differences and ratios are taken within a
-round, and the median of the rounds counts. The server, the client and the compiled
+All servers are started first, and stopped (SIGSTOP) until it is their turn. A round is
+a slice of each, and of the bare function before them; differences and ratios are taken
+within a round, and the median of the rounds counts. The first quarter of a slice, in
+which clients connect, does not count. The server, the client and the compiled
 function share the machine's cores.
 """
 
@@ -26,6 +27,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -69,7 +71,7 @@ def add(
     parser = checks.add_command(
         commands, shared, "serve", __doc__, "what serving costs over the function"
     )
-    checks.add_timing(parser, rounds=5, seconds=1.5)
+    checks.add_timing(parser, rounds=3, seconds=4.0)
     parser.add_argument(
         "--only",
         nargs="+",
@@ -80,8 +82,8 @@ def add(
     parser.add_argument(
         "--clients",
         type=int,
-        default=128,
-        help="connections for throughput (default: 128)",
+        default=256,
+        help="connections for throughput (default: 256)",
     )
     parser.add_argument(
         "--litserve",
@@ -125,20 +127,20 @@ def _measure(
     contenders = _contenders(name, folder)
     commands = _commands(place, options.litserve)
     with contextlib.ExitStack() as stack:
-        ports = {}
+        servers = {}
         for server, command in commands.items():
             try:
                 context = _served(command, is_rival=server != LEPTON)
-                ports[server] = stack.enter_context(context)
+                servers[server] = stack.enter_context(context)
             except LeptonError as error:
                 print(f"  {server}: not measured: {error.what}", file=sys.stderr)
         present = {
             kind: contender
             for kind, contender in contenders.items()
-            if contender.server in ports
+            if contender.server in servers
         }
         rounds = [
-            _round(function, present, ports, options) for _ in range(options.rounds)
+            _round(function, present, servers, options) for _ in range(options.rounds)
         ]
     return {
         "model": name,
@@ -165,6 +167,28 @@ class Contender:
     headers: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Running:
+    """A server's process group, which is stopped between its turns.
+
+    Attributes:
+      process: the first one.
+      port: of the server.
+    """
+
+    process: subprocess.Popen
+    port: int
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[int]:
+        """Let it run in the block; yield its port."""
+        os.killpg(self.process.pid, signal.SIGCONT)
+        try:
+            yield self.port
+        finally:
+            os.killpg(self.process.pid, signal.SIGSTOP)
+
+
 def _contenders(name: str, folder: Path) -> dict[str, Contender]:
     bodies = _bodies(name, folder)
     path = f"/v2/models/{name}/infer"
@@ -186,14 +210,14 @@ def _commands(place: Path, litserve: Path) -> dict[str, list[str]]:
 def _round(
     function: Bare,
     contenders: dict[str, Contender],
-    ports: dict[str, int],
+    servers: dict[str, Running],
     options: argparse.Namespace,
 ) -> dict[str, float]:
     """Return milliseconds of one row, and rows a second, of each contender."""
-    figures = {"bare_ms": MILLI * function.seconds(1, options.seconds / 2)}
+    figures = {"bare_ms": MILLI * function.seconds(1, options.seconds / 4)}
     for kind, contender in contenders.items():
-        port = ports[contender.server]
-        one = _ask(port, contender, ONE, options.seconds / 2)
+        with servers[contender.server].awake() as port:
+            one = _ask(port, contender, ONE, options.seconds / 4)
         figures[f"{kind}_ms"] = MILLI * statistics.median(one["latencies"])
         pairs = zip(one["latencies"], one["computed"], strict=True)
         rests = [latency - computed for latency, computed in pairs]
@@ -201,8 +225,8 @@ def _round(
     best = function.best
     figures["bare_rows"] = best / function.seconds(best, options.seconds)
     for kind, contender in contenders.items():
-        port = ports[contender.server]
-        many = _ask(port, contender, options.clients, options.seconds)
+        with servers[contender.server].awake() as port:
+            many = _ask(port, contender, options.clients, options.seconds)
         figures[f"{kind}_rows"] = _rate(many)
     return figures
 
@@ -269,7 +293,7 @@ def _print(result: dict[str, Any]) -> None:
 def _rate(answers: dict[str, Any]) -> float:
     statuses = answers["statuses"]
     assert set(statuses) == {"200"}, statuses
-    return statuses["200"] / answers["seconds"]
+    return answers["rate"]
 
 
 def _bodies(
@@ -337,8 +361,8 @@ def _ask(
 
 
 @contextlib.contextmanager
-def _served(command: list[str], is_rival: bool = False) -> Iterator[int]:
-    """Run a server in a process of its own; yield its port.
+def _served(command: list[str], is_rival: bool = False) -> Iterator[Running]:
+    """Run a server in a process group of its own; it is stopped in the block.
 
     Raises:
       LeptonError: it does not become ready.
@@ -347,13 +371,21 @@ def _served(command: list[str], is_rival: bool = False) -> Iterator[int]:
     words = [str(port)] if is_rival else ["--port", str(port), "--unready", "0"]
     with tempfile.TemporaryFile("w+") as log:
         server = subprocess.Popen(
-            [*command, *words], cwd=ROOT, stdout=log, stderr=log, env=_environment()
+            [*command, *words],
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            env=_environment(),
+            start_new_session=True,
         )
         try:
             _wait(server, port, log, is_rival)
-            yield port
+            os.killpg(server.pid, signal.SIGSTOP)
+            yield Running(server, port)
         finally:
-            server.terminate()
+            # the group, for LitServe's workers outlive a SIGTERM to their parent
+            os.killpg(server.pid, signal.SIGCONT)
+            os.killpg(server.pid, signal.SIGTERM)
             try:
                 server.wait(20)
             except subprocess.TimeoutExpired:

@@ -3,9 +3,10 @@
     python -m tools.bench.serving.client < JOB.json
 
 It is given {"port", "path", "headers", "body" (a file), "connections", "seconds"}, and
-prints {"latencies": [seconds], "computed": [seconds, by Server-Timing], "seconds",
-"statuses": {status: count}, "answer"}. It does as little as it can for a response, for
-it shares the machine with the server: it reads the head once, and then counts bytes.
+prints {"latencies": [seconds], "computed": [seconds, by Server-Timing], "statuses":
+{status: count}, "rate": answers a second after the first quarter of the time}. It does
+as little as it can for a response, for it shares the machine with the server: it reads
+the head once, and then counts bytes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 COMPUTED = re.compile(rb"compute;dur=([0-9.]+)")  # milliseconds
 MILLI = 1e-3
+RAMP = 0.25  # share of the time in which clients connect
 STATUS = slice(9, 12)  # of "HTTP/1.1 200 OK"
 END = b"\r\n\r\n"
 
@@ -72,10 +74,10 @@ class Connection(asyncio.Protocol):
         now = time.perf_counter()
         load = self._load
         load.latencies.append(now - self._began)
+        load.counted += load.starts <= now < load.until
         load.statuses[self._parts[STATUS].decode()] += 1
         computed = COMPUTED.search(self._parts)
         load.computed.append(MILLI * float(computed[1]) if computed else 0.0)
-        load.answer = load.answer or bytes(self._parts)
         if now < load.until:
             self._send()
         else:
@@ -95,7 +97,8 @@ class Load:
         self.latencies: list[float] = []
         self.computed: list[float] = []
         self.statuses: Counter[str] = Counter()
-        self.answer = b""
+        self.counted = 0  # answers from `starts` to `until`
+        self.starts = 0.0
         self.until = 0.0
         self._job = job
         self._left = job["connections"]
@@ -114,6 +117,7 @@ class Load:
         request = _request(job)
         loop = asyncio.get_running_loop()
         began = time.perf_counter()
+        self.starts = began + RAMP * job["seconds"]
         self.until = began + job["seconds"]
         for _ in range(job["connections"]):
             await loop.create_connection(
@@ -123,9 +127,8 @@ class Load:
         return {
             "latencies": self.latencies,
             "computed": self.computed,
-            "seconds": time.perf_counter() - began,
+            "rate": self.counted / (self.until - self.starts),
             "statuses": dict(self.statuses),
-            "answer": self.answer.decode("latin-1"),
         }
 
 
