@@ -14,6 +14,7 @@ from jax import export
 from lepton_jax.errors import ModelError
 from lepton_jax.ship.artifact import columns, measuring, tracing
 from lepton_jax.ship.artifact.manifest import Manifest, made_now
+from lepton_jax.ship.artifact.signature import ANY
 from lepton_jax.ship.artifact.stored import Stored, stored_rows
 from lepton_jax.trees import by_path
 
@@ -25,7 +26,7 @@ class Parts(NamedTuple):
 
     Attributes:
       manifest: without the checksums of files.
-      program: the model's program, serialized.
+      programs: the model's programs, serialized, by the rows of a batch; -1: any.
       measure: the program of its loss and metrics, likewise; b"": there is none.
       weights: by path.
       serving: the way from raw rows to inputs; None: there is none.
@@ -35,7 +36,7 @@ class Parts(NamedTuple):
     """
 
     manifest: Manifest
-    program: bytes
+    programs: dict[int, bytes]
     measure: bytes
     weights: dict[str, np.ndarray]
     serving: Any
@@ -68,7 +69,7 @@ def parts_of(
             remedy="call fit, load or resume first",
         )
     model = tracing.traced(trainer)
-    program = tracing.exported(model)
+    programs = tracing.programs_of(model, trainer.recipe.batch_size)
     wanted = {tensor.name: tensor for tensor in model.outputs}
     stored = stored_rows(trainer, rows, wanted)
     held_out = stored.held_out
@@ -77,7 +78,7 @@ def parts_of(
     manifest = Manifest(
         name=name or trainer.recipe.name,
         version=version,
-        made=made_now(tracing.PLATFORMS),
+        made=made_now(programs.platforms),
         inputs=tracing.signature_of(model.inputs),
         outputs=model.outputs,
         columns=columns.columns_of(serving, stored.rows),
@@ -88,21 +89,19 @@ def parts_of(
         limits=_limits(trainer),
         meeting=model.meeting,
         batch_size=trainer.recipe.batch_size,
+        sizes=tuple(size for size in programs.by_size if size != ANY),
         notes=(
             *model.left_out,
+            *programs.notes,
             *filter(None, [fault]),
-            *_notes(
-                trainer,
-                stored,
-                rows,
-            ),
+            *_notes(trainer, stored, rows),
         ),
     )
     profile = None if serving is None else serving.training_profile()
     return Parts(
         manifest,
-        bytes(program.serialize()),
-        bytes(metrics.serialize()) if metrics is not None else b"",
+        {size: _bytes(program) for size, program in programs.by_size.items()},
+        b"" if metrics is None else _bytes(metrics),
         model.weights,
         serving,
         profile,
@@ -134,6 +133,10 @@ def _training(trainer: Any) -> str | None:
 
     known = training_rows(trainer)
     return None if known is None else known.to_json()
+
+
+def _bytes(program: export.Exported) -> bytes:
+    return bytes(program.serialize())
 
 
 def _labels(serving: Any) -> tuple[Any, ...]:
@@ -168,6 +171,7 @@ def _recipe(trainer: Any) -> dict[str, Any]:
             )
         ),
         "model": trainer.program.trace.functional.name,
+        "precision": trainer.recipe.precision,
         "run": None if trainer.run_dir is None else str(Path(trainer.run_dir)),
     }
 

@@ -34,7 +34,7 @@ class Manifest:
       columns: of raw rows; () where the model takes arrays alone.
       labels: the target's classes by their numbers; () for other targets.
       metrics: of the model on held-out rows, by name.
-      recipe: "file", "settings", "model" (its class), "name".
+      recipe: "file", "settings", "model" (its class), "precision", "name", "run".
       step: updates that the weights have seen.
       limits: whole numbers that the inputs may hold; fields of `data.Limit`.
       meeting: the reason why a prediction depends on its batch, such as the place where

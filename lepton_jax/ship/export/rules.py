@@ -83,7 +83,10 @@ def window_sum(
     ]
 
 
-def select(operands: list[Any], params: Mapping[str, Any]) -> list[Any] | None:
+def select(
+    operands: list[Any],
+    params: Mapping[str, Any],
+) -> list[Any] | None:
     """Choose between two arrays of truth values, or of unsigned integers.
 
     ONNX Runtime 1.32 has no `Where` for these types.
@@ -96,7 +99,11 @@ def select(operands: list[Any], params: Mapping[str, Any]) -> list[Any] | None:
         return [(which & on) | (~which & off)]
     if off.dtype not in (jnp.uint16, jnp.uint32):
         return None
-    chosen = jnp.where(which, on.astype(jnp.int32), off.astype(jnp.int32))
+    chosen = jnp.where(
+        which,
+        on.astype(jnp.int32),
+        off.astype(jnp.int32),
+    )
     return [chosen.astype(off.dtype)]
 
 
@@ -117,13 +124,28 @@ def batched_product(
     right_free = _others(right, right_sum, right_batch)
     if left_free and right_free:
         return None
-    left = jnp.transpose(left, (*left_batch, *left_free, *left_sum))
-    right = jnp.transpose(right, (*right_batch, *right_free, *right_sum))
+    left = jnp.transpose(
+        left,
+        (*left_batch, *left_free, *left_sum),
+    )
+    right = jnp.transpose(
+        right,
+        (*right_batch, *right_free, *right_sum),
+    )
     count = len(left_batch)
-    left = jnp.expand_dims(left, range(count, count + len(right_free)))
-    right = jnp.expand_dims(right, range(count, count + len(left_free)))
+    left = jnp.expand_dims(
+        left,
+        range(count, count + len(right_free)),
+    )
+    right = jnp.expand_dims(
+        right,
+        range(count, count + len(left_free)),
+    )
     summed = range(-len(left_sum), 0)
-    product = jnp.sum(left * right, axis=tuple(summed))
+    product = jnp.sum(
+        left * right,
+        axis=tuple(summed),
+    )
     kind = params["preferred_element_type"] or product.dtype
     return [product.astype(kind)]
 
