@@ -22,6 +22,7 @@ from lepton_jax.train.judged import class_names
 ROWS = 8  # that a report shows; assumption: what a person looks through
 NEIGHBOURS = 3  # training pictures next to each; assumption
 COLUMNS = 15  # of a table's importances, the largest; assumption
+MOST_COLUMNS = 100  # that are put out of order, each in a second or so; assumption
 ENTRIES = 8  # shares of a row of a table; assumption
 
 # Colours of shares for and against an output, on white (assumption: told apart also by
@@ -119,7 +120,7 @@ def explanations(
     if picture is None:
         for at, fields in enumerate(shown):
             fields["shares"] = found.ranked(at, ENTRIES)
-        return facts | {"rows": shown, "columns": _importances(trainer)}
+        return facts | {"rows": shown, "columns": _importances(trainer, named)}
     examples = _examples(trainer, inputs, picture)
     for at, fields in enumerate(shown):
         fields["picture"] = _address(named[picture][at])
@@ -151,10 +152,16 @@ def _described(
     return fields
 
 
-def _importances(trainer: Any) -> list[dict[str, Any]]:
+def _importances(
+    trainer: Any,
+    named: Mapping[str, np.ndarray],
+) -> list[dict[str, Any]]:
+    rows = [array for array in named.values() if array.ndim == 2]
+    if sum(array.shape[1] for array in rows) > MOST_COLUMNS:
+        return []  # texts have places, but no columns
     try:
         found = permutation_importance(trainer)
-    except DataError:  # texts and such have no columns
+    except DataError:  # nor have other inputs of more dims
         return []
     return [one._asdict() for one in found[:COLUMNS]]
 
