@@ -30,6 +30,7 @@ ENTRIES = 8  # shares of a row of a table; assumption
 FOR = np.array([202, 66, 37])
 AGAINST = np.array([39, 104, 178])
 WHITE = 255.0
+BRIGHT = 128  # of bytes that are pixels as they are; smaller ones have another scale
 FAINT = 0.35  # share of the picture that shines through; assumption
 BRIGHTEST = 99.0  # percentile of the shares that has the full colour; assumption
 
@@ -123,7 +124,7 @@ def explanations(
         return facts | {"rows": shown, "columns": _importances(trainer, named)}
     examples = _examples(trainer, inputs, picture)
     for at, fields in enumerate(shown):
-        fields["picture"] = _address(named[picture][at])
+        fields["picture"] = _address(named[picture][at], scale_of(named[picture]))
         drawn = heat_map(named[picture][at], found.values[picture][at])
         fields["map"] = png.address(png.encode(drawn))
         fields["examples"] = examples[at] if examples else []
@@ -181,11 +182,22 @@ def _examples(
         return []
     known = train.inputs
     pictures = known[picture] if isinstance(known, Mapping) else known
-    return [[_address(pictures[at]) for at in own] for own in near.numbers]
+    scale = scale_of(pictures)
+    return [[_address(pictures[at], scale) for at in own] for own in near.numbers]
 
 
-def _address(picture: np.ndarray) -> str:
-    return png.address(png.encode(png.as_pixels(picture)))
+def scale_of(pictures: np.ndarray) -> tuple[float, float] | None:
+    """Return what is black and what is white in pictures; None: 0 and 255."""
+    low = float(pictures.min())
+    high = float(pictures.max())
+    return None if pictures.dtype == np.uint8 and high >= BRIGHT else (low, high)
+
+
+def _address(
+    picture: np.ndarray,
+    scale: tuple[float, float] | None,
+) -> str:
+    return png.address(png.encode(png.as_pixels(picture, scale)))
 
 
 def _flat(
