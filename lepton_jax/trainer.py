@@ -51,6 +51,7 @@ from lepton_jax.hardware import Topology, here, topology
 from lepton_jax.hosts import agreement, phase
 from lepton_jax.hosts.mailbox import Mailbox
 from lepton_jax.monitor import Monitor, SampleTrace, Sink, plain, write_report
+from lepton_jax.monitor.energy import EnergyMeter
 from lepton_jax.planner import Plan, Trace, ahead, plan, trace
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.module import is_linen
@@ -938,6 +939,7 @@ class Trainer:
             Monitor(None if agreement.host() else self.run_dir, self._sinks)
         )
         self._monitor = outputs.monitor
+        energy = EnergyMeter().start()
         loop = None
         status = "failed"
         reason: BaseException | None = None
@@ -978,8 +980,9 @@ class Trainer:
             try:
                 if loop is not None:
                     self._take_over(loop)
-                    self._conclude(loop.history, program, status, reason)
+                    self._conclude(loop.history, program, status, reason, energy)
             finally:
+                energy.close()
                 self._close(outputs, loop is not None, status, reason)
         return loop.history
 
@@ -1093,6 +1096,7 @@ class Trainer:
             metrics=list(self.recipe.metrics),
             best=self.recipe.best,
             plan=str(program.plan),
+            price_per_hour=program.plan.price_per_hour,
             table=_table(program.plan),
             recipe=self._source.get("file"),
             settings=self._source.get("settings", {}),
@@ -1125,6 +1129,7 @@ class Trainer:
         program: Program,
         status: str,
         reason: BaseException | None,
+        energy: EnergyMeter,
     ) -> None:
         history.status = status
         history.folder = self.run_dir
@@ -1142,6 +1147,7 @@ class Trainer:
             samples_per_second=rate,
             compilations=history.compilations,
             metrics=history.evaluations[-1][1] if history.evaluations else {},
+            energy=energy.told(),
             **({"reason": why} if why else {}),
         )
         if not self._sinks and not agreement.host():

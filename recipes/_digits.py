@@ -15,6 +15,7 @@ from lepton_jax.errors import RecipeError
 
 GRAY_LEVELS = 16  # of scikit-learn's digits: 0 is white, 16 is black
 ENLARGED = 3  # 8x8 pixels become 24x24
+FEW = 10_000  # training images; with less of them, recipes pass over them more often
 MARGIN = 2  # white pixels around them, for MNIST's 28x28
 
 
@@ -36,6 +37,7 @@ def load(
     folder: Path | None,
     recipe: str,
     prepared: Path | None = None,
+    columns: Any = "image",
 ) -> Digits:
     """Return the digits.
 
@@ -44,9 +46,10 @@ def load(
         scikit-learn's digits, enlarged; a stratified fifth is for testing.
       recipe: the file that asks, for messages.
       prepared: folder for what is prepared; None: it is removed at the end.
+      columns: of "image" and "label", those that are the inputs; or a dict of them.
     """
     if folder is not None:
-        return _prepared(folder, prepared)
+        return _prepared(folder, prepared, columns)
 
     try:
         from sklearn.datasets import load_digits
@@ -73,6 +76,7 @@ def load(
 def _prepared(
     folder: Path,
     out: Path | None,
+    columns: Any,
 ) -> Digits:
     """Read and prepare idx files; those whose names begin with t10k are for testing."""
     # only here: the embedded digits need no library that reads files
@@ -97,7 +101,7 @@ def _prepared(
     )
     serving = _tables.prepared(
         preparation,
-        "image",
+        columns,
         out,
         {},
     )

@@ -58,7 +58,7 @@ def recipe(
       save_every: steps between checkpoints; each evaluation if left out.
       seed: of the initial parameters, the noise and the order of the pictures.
     """
-    pictures = _pictures.load(data, size, "recipes/diffusion.py", prepared)
+    pictures = _pictures.load(data, size, "recipes/diffusion.py", prepared, True)
     total = steps or math.ceil(epochs * len(pictures.train) / batch_size)
     preprocess = partial(_pictures.between_one, brightest=pictures.brightest)
 
@@ -67,6 +67,7 @@ def recipe(
         model=partial(
             lepton.models.Diffusion,
             pictures.size,
+            shares=pictures.shares,
             width=width,
             blocks=blocks,
             dropout=dropout,
@@ -74,7 +75,11 @@ def recipe(
         ),
         loss=direction_loss,
         metrics={"error": direction_loss},
-        baseline=partial(lepton.baselines.normal_direction, preprocess=preprocess),
+        baseline=partial(
+            lepton.baselines.normal_direction,
+            preprocess=preprocess,
+            pictures="images",
+        ),
         preprocess=preprocess,
         optimizer=optax.adam,
         learning_rate=optax.cosine_decay_schedule(learning_rate, total),

@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from recipes import _digits
 
+EPOCHS = {False: 5, True: 40}  # of many images, and of few; assumption
 WARMUP = 0.1  # share of the steps in which the learning rate rises; assumption
 
 # Turns of 10 degrees, moves of 2 of 28 pixels and a tenth in size: what people's hands
@@ -38,7 +39,7 @@ def recipe(
     augment: bool = True,
     learning_rate: float = 3e-3,
     batch_size: int = 128,
-    epochs: float = 5,
+    epochs: float | None = None,
     steps: int | None = None,
     micro_batches: int | None = None,
     precision: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -71,7 +72,8 @@ def recipe(
       learning_rate: of AdamW at its peak; it rises over the first tenth of the run and
         falls as a cosine to zero.
       batch_size: images per step, over all devices.
-      epochs: passes over the training images.
+      epochs: passes over the training images; if left out, 5, or 40 where there are
+        less than 10,000.
       steps: length of the run in steps, instead of epochs.
       micro_batches: parts in which a batch passes through the model.
       precision: dtype that the model computes in.
@@ -80,6 +82,7 @@ def recipe(
     """
     digits = _digits.load(data, "recipes/mnist_cnn.py", prepared)
     train = digits.train
+    epochs = epochs or EPOCHS[len(train) < _digits.FEW]
     total = steps or math.ceil(epochs * len(train) / batch_size)
     preprocess = lepton.augment.Augmented(
         CHANGES if augment else (),

@@ -17,6 +17,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from recipes import _digits
 
+EPOCHS = {False: 10, True: 150}  # of many images, and of few; assumption
+
 
 def recipe(
     data: Path | None = None,
@@ -25,7 +27,7 @@ def recipe(
     dropout: float = 0.0,
     learning_rate: float = 2e-3,
     batch_size: int = 128,
-    epochs: float = 10,
+    epochs: float | None = None,
     steps: int | None = None,
     micro_batches: int | None = None,
     precision: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -51,7 +53,8 @@ def recipe(
       dropout: share of the hidden units dropped.
       learning_rate: of AdamW at the start; it falls as a cosine to zero.
       batch_size: images per step, over all devices.
-      epochs: passes over the training images.
+      epochs: passes over the training images; if left out, 10, or 150 where there are
+        less than 10,000.
       steps: length of the run in steps, instead of epochs.
       micro_batches: parts in which a batch passes through the model.
       precision: dtype that the model computes in.
@@ -60,6 +63,7 @@ def recipe(
     """
     digits = _digits.load(data, "recipes/mnist_mlp.py", prepared)
     train = digits.train
+    epochs = epochs or EPOCHS[len(train) < _digits.FEW]
     pixels = math.prod(train.inputs.shape[1:])
     total = steps or math.ceil(epochs * len(train) / batch_size)
 

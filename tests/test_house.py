@@ -38,7 +38,7 @@ PLANNERS_ROOMS = (
     "search",
     "show",
 )
-MOST_ROOMS = 25
+MOST_ROOMS = 26
 
 
 def module_of(path: Path) -> str:

@@ -118,7 +118,10 @@ def _parser() -> settings.Parser:
 
 def _export(options: argparse.Namespace) -> dict[str, Any]:
     """Do what the command line says, and return what came of it."""
-    asked = Options(_batch(options.batch), options.device)
+    asked = Options(
+        _batch(options.batch),
+        options.device,
+    )
     if options.to != LEPTON:
         target = target_of(options.to)
         if _asks_for_any(options.batch) and not target.has_any_batch:
@@ -150,7 +153,11 @@ def _opened(options: argparse.Namespace) -> tuple[Artifact, Any]:
     if trained.is_artifact(Path(options.run)):
         artifact = Artifact.open(options.run)
         return artifact, source_of(artifact)
-    trainer = trained.trainer_of(options.run, options.recipe, options.step)
+    trainer = trained.trainer_of(
+        options.run,
+        options.recipe,
+        options.step,
+    )
     artifact = Artifact.of(
         trainer,
         name=options.name,
@@ -161,7 +168,11 @@ def _opened(options: argparse.Namespace) -> tuple[Artifact, Any]:
     return artifact, live_source(artifact, trainer)
 
 
-def _told(artifact: Artifact, place: Path, parity: Any) -> dict[str, Any]:
+def _told(
+    artifact: Artifact,
+    place: Path,
+    parity: Any,
+) -> dict[str, Any]:
     """Return what a person, or a script, is told."""
     manifest = artifact.manifest
     lines = [f"{manifest.name} version {manifest.version} -> {place}"]

@@ -70,12 +70,29 @@ def trainer_of(
     function = settings.load(Path(file))
     parser = argparse.ArgumentParser(add_help=False)
     settings.add(parser, function)
-    chosen = launch._typed(parser, run.get("settings", {}), place / RECIPE)
+    chosen = launch._typed(
+        parser,
+        run.get("settings", {}),
+        place / RECIPE,
+    )
     made = settings.call(function, chosen)
     if made.name == "run":
         made = made.with_(name=Path(file).stem)
-    source = {"file": str(file), "settings": run.get("settings", {})}
-    return Trainer(made, devices=1, source=source).load(place, step)
+    source = {
+        "file": str(file),
+        "settings": run.get(
+            "settings",
+            {},
+        ),
+    }
+    return Trainer(
+        made,
+        devices=1,
+        source=source,
+    ).load(
+        place,
+        step,
+    )
 
 
 # ---- internals ----

@@ -13,13 +13,14 @@ import time
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from lepton_jax.errors import DataError, LeptonError
 from lepton_jax.monitor import decisions, examined, explained, square, stragglers
 from lepton_jax.monitor.chart import Axis, Curve, draw, legend, smooth
+from lepton_jax.monitor.costs import Tile, cost_tiles
 from lepton_jax.monitor.events import FILE, Event, read_events
 from lepton_jax.monitor.events_table import events_table
 from lepton_jax.monitor.folds_page import FOLDS, write_folds_report
@@ -127,7 +128,7 @@ def render(
         f"<style>{STYLE}{square.STYLE}{examined.STYLE}"
         f"{explained.STYLE}</style></head><body><main>"
         f"{_header(run, name, folder, events[0].get('time') or 0)}"
-        f"{_tiles(run)}{_notices(events)}{body}"
+        f"{_tiles(run, place)}{_notices(events)}{body}"
         f"<footer>Written by lepton-jax {version}</footer></main>"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
@@ -162,20 +163,13 @@ def _notices(events: list[Event]) -> str:
 # ---- key figures ----
 
 
-class Tile(NamedTuple):
-    """A key figure, with its name above and a remark below."""
-
-    name: str
-    figure: str
-    remark: str
-
-
-def _tiles(run: Run) -> str:
+def _tiles(run: Run, folder: Path | None) -> str:
     tiles = [
         *_metric_tiles(run),
         _steps_tile(run),
         _time_tile(run),
         *_rate_tiles(run),
+        *cost_tiles(run, folder),
         _compilations_tile(run),
         *_size_tiles(run.start),
     ]

@@ -12,7 +12,12 @@ class MissingExtraError(LeptonError):
     """A library of one of Lepton's extras that is not installed."""
 
 
-def needs(module: str, *, extra: str, purpose: str) -> ModuleType:
+def needs(
+    module: str,
+    *,
+    extra: str,
+    purpose: str,
+) -> ModuleType:
     """Import a library that one of Lepton's extras brings.
 
     Args:

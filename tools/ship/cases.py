@@ -36,7 +36,11 @@ class Case(NamedTuple):
         """Recipe and data, as a table has them."""
         return f"{self.recipe} on {self.data}" if self.data else self.recipe
 
-    def train(self, folder: Path = DATA, steps: int = STEPS) -> lepton.Trainer:
+    def train(
+        self,
+        folder: Path = DATA,
+        steps: int = STEPS,
+    ) -> lepton.Trainer:
         """Return a trainer of this case that has trained.
 
         Args:
@@ -46,8 +50,15 @@ class Case(NamedTuple):
         make = settings.load(ROOT / "recipes" / f"{self.recipe}.py")
         argument = "text" if self.recipe == "lm" else "data"
         given = {argument: folder / self.data} if self.data else {}
-        recipe = make(**given, steps=steps, **self.settings)
-        trainer = lepton.Trainer(recipe.with_(evaluate_every=steps), devices=1)
+        recipe = make(
+            **given,
+            steps=steps,
+            **self.settings,
+        )
+        trainer = lepton.Trainer(
+            recipe.with_(evaluate_every=steps),
+            devices=1,
+        )
         trainer.fit()
         return trainer
 
@@ -77,7 +88,11 @@ CASES = (
     Case("digits_cnn"),
     Case("mnist_mlp", "mnist"),
     Case("mnist_cnn", "mnist", {"width": 4}),
-    Case("cats_dogs", "cats_dogs_subset/cats_dogs_600.tar", {"size": 32, "width": 8}),
+    Case(
+        "cats_dogs",
+        "cats_dogs_subset/cats_dogs_600.tar",
+        {"size": 32, "width": 8},
+    ),
     Case("image_classifier", "cats_dogs_subset/cats_dogs_600.tar", {"size": 32}),
     Case("text_classifier", "rt_polarity/sentence_polarity.zip"),
     Case(
@@ -98,7 +113,11 @@ CASES = (
         "criteo_sample/train.tiny.csv",
         {"label": "Label", "ignore": "Id"},
     ),
-    Case("lm", "tinyshakespeare/input.txt", {"batch_size": 4, "precision": "float32"}),
+    Case(
+        "lm",
+        "tinyshakespeare/input.txt",
+        {"batch_size": 4, "precision": "float32"},
+    ),
     Case("gan", "", {"width": 8}),
     Case("vae", "", {"width": 8}),
     Case("diffusion", "", {"width": 8}),

@@ -30,7 +30,10 @@ RUNTIMES = {
 }
 
 
-def python_of(folder: Path, target: str) -> Path | None:
+def python_of(
+    folder: Path,
+    target: str,
+) -> Path | None:
     """Return the interpreter of a target's environment; None: it was not made."""
     path = folder / target / "bin" / "python"
     return path if path.exists() else None
@@ -45,8 +48,12 @@ def make(folder: Path, target: str) -> None:
     place = folder / target
     venv.create(place, with_pip=True, clear=True)
     wanted = [_pinned(name) for name in RUNTIMES[target]]
-    command = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-    subprocess.run([*command, *wanted], check=True)
+    # -I: what PYTHONPATH has is not installed
+    command = [str(place / "bin" / "python"), "-I", "-m", "pip", "install", "--quiet"]
+    subprocess.run(
+        [*command, *wanted],
+        check=True,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,10 @@ def results_of(
                     result = _exported(artifact, target, source, folder, python)
             except LeptonError as error:
                 result = {"refused_because": error.what}
-            result["seconds"] = round(time.monotonic() - began, 1)
+            result["seconds"] = round(
+                time.monotonic() - began,
+                1,
+            )
             result["is_fresh"] = python is not None
             found[target] = result
             print(f"{case.name}: {target}: {_short(result)}", flush=True)
@@ -110,12 +114,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compare, write the results, and return 1 if a comparison fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipes", nargs="*", metavar="RECIPE")
-    parser.add_argument("--to", nargs="*", default=[LEPTON, *TARGETS], metavar="TARGET")
+    parser.add_argument(
+        "--to",
+        nargs="*",
+        default=[LEPTON, *TARGETS],
+        metavar="TARGET",
+    )
     parser.add_argument(
         "--data", type=Path, default=DATA, help="(default: %(default)s)"
     )
     parser.add_argument("--runtimes", type=Path, metavar="FOLDER")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS,
+        metavar="FILE",
+    )
     parser.add_argument("--table", action="store_true", help="print what FILE holds")
     options = parser.parse_args(arguments)
     if options.table:
@@ -127,10 +141,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.recipes and case.recipe not in options.recipes:
             continue
         try:
-            found = results_of(case, options.to, options.data, options.runtimes)
-        except LeptonError as error:
-            found = {LEPTON: {"refused_because": error.what}}
-        failed += sum(not result.get("passes", True) for result in found.values())
+            found = results_of(
+                case,
+                options.to,
+                options.data,
+                options.runtimes,
+            )
+        except Exception as error:  # of one case: the others go on
+            traceback.print_exc()
+            found = {LEPTON: {"failed": repr(error)}}
+            failed += 1
+        failed += sum(
+            not result.get(
+                "passes",
+                True,
+            )
+            for result in found.values()
+        )
         _merge(options.out, case.name, found)
     return int(failed > 0)
 
@@ -144,7 +171,13 @@ def table(content: Mapping[str, Any]) -> str:
     ]
     reasons: dict[str, int] = {}
     for name, results in content["cases"].items():
-        cells = [_cell(results.get(target, {}), reasons) for target in targets]
+        cells = [
+            _cell(
+                results.get(target, {}),
+                reasons,
+            )
+            for target in targets
+        ]
         lines.append(f"| {name.replace(' on ', ' on `', 1)}{_quote(name)} | ")
         lines[-1] += f"{' | '.join(cells)} |"
     notes = [f"{number}. {reason}" for reason, number in reasons.items()]
@@ -178,12 +211,18 @@ def _opened_elsewhere(
         )
     with np.load(outputs, allow_pickle=False) as file:
         found = {name: file[name] for name in file.files}
-    result = compared(LEPTON, artifact.stored.outputs, found).to_fields()
+    refused = int(found.pop("refused"))
+    result = compared(
+        LEPTON,
+        artifact.stored.outputs,
+        found,
+    ).to_fields()
     left = artifact.measure(artifact.stored.outputs)
     right = artifact.measure(found)
     return result | {
         "are_raw": artifact.stored.rows is not None,
-        "refused": int(found["refused"]),
+        "refused": refused,
+        "runtime": "Lepton, without recipes and models",
         "metrics": {name: (value, right[name]) for name, value in left.items()},
         "notes": list(artifact.manifest.notes),
     }
@@ -210,7 +249,11 @@ def _exported(
     return parity.to_fields() | {"bytes": written, "batch": fixed}
 
 
-def _merge(file: Path, name: str, found: dict[str, Any]) -> None:
+def _merge(
+    file: Path,
+    name: str,
+    found: dict[str, Any],
+) -> None:
     """Put the results of a case into the file; those of other targets stay."""
     content: dict[str, Any] = {"cases": {}}
     if file.exists():
@@ -222,8 +265,21 @@ def _merge(file: Path, name: str, found: dict[str, Any]) -> None:
         "jax": jax.__version__,
         "python": sys.version.split()[0],
     }
-    content["cases"][name] = content["cases"].get(name, {}) | found
-    file.write_text(json.dumps(content, indent=1, default=float) + "\n")
+    content["cases"][name] = (
+        content["cases"].get(
+            name,
+            {},
+        )
+        | found
+    )
+    file.write_text(
+        json.dumps(
+            content,
+            indent=1,
+            default=float,
+        )
+        + "\n"
+    )
 
 
 def _short(result: Mapping[str, Any]) -> str:
@@ -233,18 +289,27 @@ def _short(result: Mapping[str, Any]) -> str:
     return f"{verdict}, {result['scaled']:.1e}, {result['labels']} labels differ"
 
 
-def _cell(result: Mapping[str, Any], reasons: dict[str, int]) -> str:
+def _cell(
+    result: Mapping[str, Any],
+    reasons: dict[str, int],
+) -> str:
     if not result:
         return ""
     if "refused_because" in result:
-        number = reasons.setdefault(result["refused_because"], len(reasons) + 1)
+        number = reasons.setdefault(
+            result["refused_because"],
+            len(reasons) + 1,
+        )
         return f"no ({number})"
     if not result["rows"]:
         return "bit by bit" if result["passes"] else "**differs**"
     value = "0" if not result["scaled"] else f"{result['scaled']:.0e}"
     if result["passes"]:
         return value
-    number = reasons.setdefault(result["departs"], len(reasons) + 1)
+    number = reasons.setdefault(
+        result["departs"],
+        len(reasons) + 1,
+    )
     return f"**{value}** ({number})"
 
 

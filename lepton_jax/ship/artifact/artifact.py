@@ -35,6 +35,7 @@ MEASURE = "measure.stablehlo"
 WEIGHTS = "weights.safetensors"
 SERVING = "serving"
 STORED = "stored"
+TRAINING = "training.json"
 ROWS = 200  # stored rows; the count that the parity of an export is judged on
 ROWS_SHOWN = 5  # rows that a message names
 
@@ -53,15 +54,22 @@ class Artifact:
         arrays alone.
       profile: distributions of the training rows after the steps; None: there is none.
       stored: rows with the trainer's outputs on them.
+      training: what the rows of training looked like as they were read, for a server's
+        drift gauges: the JSON of a `ship.watch.reference.Reference`; None: not known.
       folder: where it was opened; None: it was made here.
     """
 
-    def __init__(self, parts: making.Parts, folder: Path | None = None):
+    def __init__(
+        self,
+        parts: making.Parts,
+        folder: Path | None = None,
+    ):
         self.manifest = parts.manifest
         self.weights = parts.weights
         self.serving = parts.serving
         self.profile = parts.profile
         self.stored = parts.stored
+        self.training = parts.training
         self.folder = folder
         self._program = parts.program
         self._measure = parts.measure
@@ -89,10 +97,22 @@ class Artifact:
         Raises:
           ModelError: there is no model, or it can't be exported.
         """
-        return cls(making.parts_of(trainer, name, version, rows))
+        return cls(
+            making.parts_of(
+                trainer,
+                name,
+                version,
+                rows,
+            )
+        )
 
     @classmethod
-    def open(cls, place: str | Path, *, check: bool = True) -> Artifact:
+    def open(
+        cls,
+        place: str | Path,
+        *,
+        check: bool = True,
+    ) -> Artifact:
         """Open an artifact; neither the recipe nor the model's class is needed.
 
         Args:
@@ -108,7 +128,10 @@ class Artifact:
             manifest = _read_manifest(opened.folder, place)
             if check:
                 files.check(opened.folder, manifest.files, place)
-            artifact = cls(_read_parts(opened.folder, manifest, place), place)
+            artifact = cls(
+                _read_parts(opened.folder, manifest, place),
+                place,
+            )
             opened.keep_for(artifact)
         return artifact
 
@@ -134,8 +157,16 @@ class Artifact:
             if self.serving is not None:
                 self.serving.save(folder / SERVING)
             self.stored.save(folder / STORED)
-            manifest = replace(self.manifest, files=files.checksums(folder))
-            (folder / NAME).write_text(manifest.to_json(), encoding="utf-8")
+            if self.training is not None:
+                (folder / TRAINING).write_text(self.training, encoding="utf-8")
+            manifest = replace(
+                self.manifest,
+                files=files.checksums(folder),
+            )
+            (folder / NAME).write_text(
+                manifest.to_json(),
+                encoding="utf-8",
+            )
         return place
 
     # ---- what it is ----
@@ -173,7 +204,10 @@ class Artifact:
 
     # ---- predicting ----
 
-    def prepare(self, raw: Any) -> dict[str, np.ndarray]:
+    def prepare(
+        self,
+        raw: Any,
+    ) -> dict[str, np.ndarray]:
         """Return the program's inputs of raw rows, as training prepared its own.
 
         Args:
@@ -200,7 +234,10 @@ class Artifact:
         for name in self._names_of_files:
             if name not in rows.columns:
                 rows = rows.with_columns(pl.lit("").alias(name))
-        return as_inputs(self.serving.arrays(rows), self.inputs)
+        return as_inputs(
+            self.serving.arrays(rows),
+            self.inputs,
+        )
 
     def compiled(self, size: int) -> BatchProgram:
         """Return the program compiled for a batch size; each is compiled once.
@@ -216,7 +253,10 @@ class Artifact:
                 self._compiled[size] = self._compile(size)
             return self._compiled[size]
 
-    def run(self, inputs: Any) -> dict[str, np.ndarray]:
+    def run(
+        self,
+        inputs: Any,
+    ) -> dict[str, np.ndarray]:
         """Return all outputs of any number of rows, by name.
 
         Args:
@@ -234,11 +274,22 @@ class Artifact:
         parts = []
         start = 0
         for count, size in batches(rows, self.sizes):
-            parts.append(self._part(arrays, start, count, size))
+            parts.append(
+                self._part(
+                    arrays,
+                    start,
+                    count,
+                    size,
+                )
+            )
             start += count
         return self._joined(parts)
 
-    def predict(self, data: Any, words: bool = False) -> Any:
+    def predict(
+        self,
+        data: Any,
+        words: bool = False,
+    ) -> Any:
         """Return predictions of any number of rows, as `Trainer.predict` does.
 
         Args:
@@ -255,7 +306,11 @@ class Artifact:
             their predictions, such as labels, would not show it.
         """
         names = [tensor.name for tensor in self.inputs]
-        if are_raw(data, names, self.serving is not None):
+        if are_raw(
+            data,
+            names,
+            self.serving is not None,
+        ):
             data = self.prepare(data)
         outputs = self.run(data)
         _check_hidden(outputs)
@@ -326,10 +381,18 @@ class Artifact:
                 remedy="run it with JAX_PLATFORMS=cpu, or export it again",
             )
         shapes = {
-            tensor.name: jax.ShapeDtypeStruct((size, *tensor.shape[1:]), tensor.dtype)
+            tensor.name: jax.ShapeDtypeStruct(
+                (size, *tensor.shape[1:]),
+                tensor.dtype,
+            )
             for tensor in self.inputs
         }
-        return BatchProgram(self.exported, self._on_device, shapes, size)
+        return BatchProgram(
+            self.exported,
+            self._on_device,
+            shapes,
+            size,
+        )
 
     def _part(
         self,
@@ -339,7 +402,13 @@ class Artifact:
         size: int,
     ) -> dict[str, np.ndarray]:
         batch = {
-            name: filled(array, start, count, size) for name, array in arrays.items()
+            name: filled(
+                array,
+                start,
+                count,
+                size,
+            )
+            for name, array in arrays.items()
         }
         outputs = self.compiled(size)(batch)
         return {name: leaf[:count] for name, leaf in outputs.items()}
@@ -355,14 +424,36 @@ class Artifact:
         """
         size = self.manifest.batch_size
         starts = range(0, rows, size)
-        counts = [min(size, rows - start) for start in starts]
+        counts = [
+            min(
+                size,
+                rows - start,
+            )
+            for start in starts
+        ]
         pairs = zip(starts, counts, strict=True)
-        return self._joined([self._part(arrays, at, n, n) for at, n in pairs])
+        return self._joined(
+            [
+                self._part(
+                    arrays,
+                    at,
+                    n,
+                    n,
+                )
+                for at, n in pairs
+            ]
+        )
 
-    def _joined(self, parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    def _joined(
+        self,
+        parts: list[dict[str, np.ndarray]],
+    ) -> dict[str, np.ndarray]:
         if not parts:
             return {
-                tensor.name: np.zeros((0, *tensor.shape[1:]), tensor.dtype)
+                tensor.name: np.zeros(
+                    (0, *tensor.shape[1:]),
+                    tensor.dtype,
+                )
                 for tensor in self.outputs
             }
         if len(parts) == 1:
@@ -395,7 +486,11 @@ def _read_manifest(folder: Path, place: Path) -> Manifest:
     return manifest
 
 
-def _read_parts(folder: Path, manifest: Manifest, place: Path) -> making.Parts:
+def _read_parts(
+    folder: Path,
+    manifest: Manifest,
+    place: Path,
+) -> making.Parts:
     serving = None
     if (folder / SERVING).is_dir():
         # only here: reading raw rows needs libraries that arrays do not
@@ -408,6 +503,8 @@ def _read_parts(folder: Path, manifest: Manifest, place: Path) -> making.Parts:
         measure = (folder / MEASURE).read_bytes() if has_metrics else b""
         weights = read_tensors(folder / WEIGHTS)
         stored = Stored.load(folder / STORED)
+        known = folder / TRAINING
+        training = known.read_text(encoding="utf-8") if known.is_file() else None
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"the artifact can't be read: {error}",
@@ -415,7 +512,16 @@ def _read_parts(folder: Path, manifest: Manifest, place: Path) -> making.Parts:
             remedy=f"copy it again, or {files.AGAIN}",
         ) from error
     profile = None if serving is None else serving.profile
-    return making.Parts(manifest, program, measure, weights, serving, profile, stored)
+    return making.Parts(
+        manifest,
+        program,
+        measure,
+        weights,
+        serving,
+        profile,
+        stored,
+        training,
+    )
 
 
 def _predictions(outputs: Mapping[str, np.ndarray]) -> Any:
@@ -444,7 +550,12 @@ def _check_hidden(outputs: Mapping[str, np.ndarray]) -> None:
     if not hides or not np.any(is_nan):
         return
     rows = np.flatnonzero(is_nan)
-    shown = ", ".join(map(str, rows[:ROWS_SHOWN]))
+    shown = ", ".join(
+        map(
+            str,
+            rows[:ROWS_SHOWN],
+        )
+    )
     raise DataError(
         f"the model's outputs hold NaN for {len(rows)} rows, and what predict returns"
         " would not show it",

@@ -12,6 +12,7 @@ of that kind, and held-out rows may have none:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,18 +26,38 @@ def awkward_rows(rows: Any, most: int) -> Any:
 
     Args:
       rows: a Polars table.
-      most: rows to return at most.
+      most: rows to return.
 
     Returns:
-      A table with the same columns, which may have no rows.
+      A table with the same columns and `most` rows; each thing that can be wrong comes
+      up about as often.
     """
     cells = list(_cells(rows))
-    step = max(1, -(-len(cells) // max(1, most)))
+    if len(cells) > most:  # of a wide table, from all over it
+        cells = cells[
+            :: -(
+                -len(cells)
+                // max(
+                    1,
+                    most,
+                )
+            )
+        ]
     made = []
-    for number, (column, value) in enumerate(cells[::step][:most]):
-        row = rows.row(number % rows.height, named=True)
+    for number, (column, value) in zip(
+        range(most),
+        itertools.cycle(cells),
+    ):
+        row = rows.row(
+            number % rows.height,
+            named=True,
+        )
         made.append({**row, column: value})
-    return type(rows)(made, schema=rows.schema, orient="row")
+    return type(rows)(
+        made,
+        schema=rows.schema,
+        orient="row",
+    )
 
 
 # ---- internals ----

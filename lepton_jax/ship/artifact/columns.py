@@ -23,7 +23,10 @@ CATEGORIES = ("Vocabulary", "OneHot", "HashCategories")
 PICTURES = "Images"
 
 
-def columns_of(serving: Any, rows: Any = None) -> tuple[Column, ...]:
+def columns_of(
+    serving: Any,
+    rows: Any = None,
+) -> tuple[Column, ...]:
     """Return the raw columns that a model's inputs depend on.
 
     Args:
@@ -46,8 +49,22 @@ def columns_of(serving: Any, rows: Any = None) -> tuple[Column, ...]:
         if kind == "category":
             values = _values(serving, name)
         elif kind == "image":
-            values = tuple(getattr(schema[name], "shape", None) or ())
-        columns.append(Column(name, kind, values, _example(name, kind, rows)))
+            values = tuple(
+                getattr(
+                    schema[name],
+                    "shape",
+                    None,
+                )
+                or ()
+            )
+        columns.append(
+            Column(
+                name,
+                kind,
+                values,
+                _example(name, kind, rows),
+            )
+        )
     return tuple(columns)
 
 
@@ -63,7 +80,11 @@ def names_of_files(serving: Any) -> set[str]:
         return set()
     served = [
         arguments
-        for arguments, fitted in zip(entries, serving.prepared.steps, strict=True)
+        for arguments, fitted in zip(
+            entries,
+            serving.prepared.steps,
+            strict=True,
+        )
         if fitted.step.serves
     ]
     used = {value for arguments in served for value in _words(arguments)}
@@ -74,7 +95,14 @@ def _words(value: Any) -> set[str]:
     """Return all texts in plain data."""
     if isinstance(value, str):
         return {value}
-    parts = value.values() if isinstance(value, Mapping) else value
+    parts = (
+        value.values()
+        if isinstance(
+            value,
+            Mapping,
+        )
+        else value
+    )
     if not isinstance(value, Mapping | list | tuple):
         return set()
     return {word for part in parts for word in _words(part)}
@@ -83,21 +111,42 @@ def _words(value: Any) -> set[str]:
 # ---- internals ----
 
 
-def _columns_of_steps(serving: Any, steps: tuple[str, ...]) -> set[str]:
+def _columns_of_steps(
+    serving: Any,
+    steps: tuple[str, ...],
+) -> set[str]:
     """Return the columns that some kinds of steps name."""
     found: set[str] = set()
     for entry in serving.prepared.manifest["steps"]:
         arguments = entry["arguments"]
         if arguments["step"] in steps:
             named = arguments.get("columns") or arguments.get("column") or ()
-            found |= {named} if isinstance(named, str) else set(named)
+            found |= (
+                {named}
+                if isinstance(
+                    named,
+                    str,
+                )
+                else set(named)
+            )
     return found
 
 
-def _kind(name: str, dtype: Any, texts: set[str]) -> str:
+def _kind(
+    name: str,
+    dtype: Any,
+    texts: set[str],
+) -> str:
     import polars as pl  # an extra: a model of arrays alone does not need it
 
-    if dtype == pl.Binary or isinstance(dtype, pl.Array) or dtype == pl.List:
+    if (
+        dtype == pl.Binary
+        or isinstance(
+            dtype,
+            pl.Array,
+        )
+        or dtype == pl.List
+    ):
         return "image"
     if dtype.is_numeric():
         return "number"
@@ -106,7 +155,10 @@ def _kind(name: str, dtype: Any, texts: set[str]) -> str:
     return "category"
 
 
-def _values(serving: Any, name: str) -> tuple[Any, ...]:
+def _values(
+    serving: Any,
+    name: str,
+) -> tuple[Any, ...]:
     """Return the categories of a column that training saw, most frequent first."""
     for entry, fitted in zip(
         serving.prepared.manifest["steps"], serving.prepared.steps, strict=True
@@ -122,12 +174,19 @@ def _values(serving: Any, name: str) -> tuple[Any, ...]:
     return ()
 
 
-def _example(name: str, kind: str, rows: Any) -> Any:
+def _example(
+    name: str,
+    kind: str,
+    rows: Any,
+) -> Any:
     """Return the first value of a column that is there, as JSON has it."""
     if rows is None or kind == "image" or name not in rows.columns:
         return None
     for value in rows[name].to_list():
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(
+            value,
+            float,
+        ) and not math.isfinite(value):
             continue
         if isinstance(value, int | float | bool):
             return value

@@ -47,9 +47,15 @@ class BatchProgram:
         self._weights = dict(weights)
         shapes = jax.tree.map(_shape, self._weights)
         jitted = jax.jit(exported.call)
-        self._run = jitted.lower(shapes, dict(inputs)).compile()
+        self._run = jitted.lower(
+            shapes,
+            dict(inputs),
+        ).compile()
 
-    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def __call__(
+        self,
+        inputs: Mapping[str, Any],
+    ) -> dict[str, np.ndarray]:
         """Return the outputs of a batch, by name, as NumPy arrays.
 
         Args:
@@ -59,7 +65,10 @@ class BatchProgram:
         outputs = self.dispatch(inputs)
         return {name: np.asarray(leaf) for name, leaf in outputs.items()}
 
-    def dispatch(self, inputs: Mapping[str, Any]) -> dict[str, jax.Array]:
+    def dispatch(
+        self,
+        inputs: Mapping[str, Any],
+    ) -> dict[str, jax.Array]:
         """Return the outputs as arrays of the device, which may not be ready yet."""
         return self._run(self._weights, dict(inputs))
 
@@ -70,7 +79,10 @@ class BatchProgram:
         return {str(name): float(value) for name, value in dict(analysis).items()}
 
 
-def batches(rows: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
+def batches(
+    rows: int,
+    sizes: Sequence[int],
+) -> list[tuple[int, int]]:
     """Return the batches in which rows run: (real rows, size), in their order.
 
     >>> batches(13, (1, 2, 4, 8))
@@ -84,7 +96,12 @@ def batches(rows: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
     return parts
 
 
-def filled(array: np.ndarray, start: int, count: int, size: int) -> np.ndarray:
+def filled(
+    array: np.ndarray,
+    start: int,
+    count: int,
+    size: int,
+) -> np.ndarray:
     """Return rows of an array, filled up to a size by repeating the last one.
 
     Args:
@@ -96,7 +113,11 @@ def filled(array: np.ndarray, start: int, count: int, size: int) -> np.ndarray:
     rows = array[start : start + count]
     if count == size:
         return np.ascontiguousarray(rows)
-    filling = np.repeat(rows[-1:], size - count, axis=0)
+    filling = np.repeat(
+        rows[-1:],
+        size - count,
+        axis=0,
+    )
     return np.concatenate([rows, filling])
 
 

@@ -92,7 +92,12 @@ class opened:
         """Keep what was unpacked for as long as an object lives."""
         self._is_kept = True
         if self.folder != self.place:
-            weakref.finalize(owner, shutil.rmtree, self.folder, ignore_errors=True)
+            weakref.finalize(
+                owner,
+                shutil.rmtree,
+                self.folder,
+                ignore_errors=True,
+            )
 
     def _remove(self) -> None:
         if self.folder != self.place:
@@ -106,7 +111,11 @@ def checksums(folder: Path) -> dict[str, str]:
     return {name: _checksum(path) for name, path in names.items() if name != NAME}
 
 
-def check(folder: Path, expected: dict[str, str], place: Path) -> None:
+def check(
+    folder: Path,
+    expected: dict[str, str],
+    place: Path,
+) -> None:
     """Check that the files of an artifact are as they were written.
 
     Raises:
@@ -149,7 +158,11 @@ def _is_zip(place: Path) -> bool:
         return NAME in file.namelist()
 
 
-def _put(inner: Path, place: Path, draft: Path) -> None:
+def _put(
+    inner: Path,
+    place: Path,
+    draft: Path,
+) -> None:
     """Put what was written in its place; what stood there goes once it is whole."""
     if place.suffix == ZIP:
         packed = draft / "packed"
@@ -163,9 +176,16 @@ def _put(inner: Path, place: Path, draft: Path) -> None:
 
 def _pack(folder: Path, place: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    with zipfile.ZipFile(place, "w", zipfile.ZIP_DEFLATED) as file:
+    with zipfile.ZipFile(
+        place,
+        "w",
+        zipfile.ZIP_DEFLATED,
+    ) as file:
         for path in files:
-            file.write(path, path.relative_to(folder).as_posix())
+            file.write(
+                path,
+                path.relative_to(folder).as_posix(),
+            )
 
 
 def _unpack(place: Path, folder: Path) -> None:

@@ -15,7 +15,10 @@ from lepton_jax.trees import by_path
 WHAT = "inputs"
 
 
-def as_inputs(given: Any, signature: Sequence[Tensor]) -> dict[str, np.ndarray]:
+def as_inputs(
+    given: Any,
+    signature: Sequence[Tensor],
+) -> dict[str, np.ndarray]:
     """Return arrays by name, of the dtypes and shapes of a signature.
 
     Args:
@@ -41,7 +44,13 @@ def as_inputs(given: Any, signature: Sequence[Tensor]) -> dict[str, np.ndarray]:
             where=WHAT,
             remedy=f"give all of: {', '.join(known)}",
         )
-    return {name: _fitted(arrays[name], tensor) for name, tensor in known.items()}
+    return {
+        name: _fitted(
+            arrays[name],
+            tensor,
+        )
+        for name, tensor in known.items()
+    }
 
 
 def check_ranges(
@@ -65,7 +74,10 @@ def check_ranges(
 # ---- internals ----
 
 
-def _by_name(given: Any, signature: Sequence[Tensor]) -> dict[str, Any]:
+def _by_name(
+    given: Any,
+    signature: Sequence[Tensor],
+) -> dict[str, Any]:
     if isinstance(given, Mapping):
         return dict(by_path(dict(given)))
     names = [tensor.name for tensor in signature]
@@ -78,7 +90,10 @@ def _by_name(given: Any, signature: Sequence[Tensor]) -> dict[str, Any]:
     )
 
 
-def _fitted(given: Any, tensor: Tensor) -> np.ndarray:
+def _fitted(
+    given: Any,
+    tensor: Tensor,
+) -> np.ndarray:
     """Return an array of a tensor's dtype.
 
     Raises:
@@ -98,14 +113,25 @@ def _fitted(given: Any, tensor: Tensor) -> np.ndarray:
     return _cast(array, dtype, tensor)
 
 
-def _cast(array: np.ndarray, dtype: np.dtype, tensor: Tensor) -> np.ndarray:
+def _cast(
+    array: np.ndarray,
+    dtype: np.dtype,
+    tensor: Tensor,
+) -> np.ndarray:
     """Return an array as another dtype that holds its numbers."""
     is_whole = array.dtype.kind in "iub"
     asks_whole = dtype.kind in "iu"
     fits = np.can_cast(array.dtype, dtype, "same_kind")
     if asks_whole and is_whole:
         limits = np.iinfo(dtype)
-        values = array.astype(np.int64, copy=False) if array.size else np.zeros(1)
+        values = (
+            array.astype(
+                np.int64,
+                copy=False,
+            )
+            if array.size
+            else np.zeros(1)
+        )
         fits = bool(values.min() >= limits.min and values.max() <= limits.max)
     elif dtype.kind not in "iub":  # a number becomes a float
         fits = array.dtype.kind in "iuf" or array.dtype.kind == "V"
@@ -129,6 +155,11 @@ def _dtype(name: str) -> np.dtype:
 
 def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: tuple(value) if isinstance(value, list) else value
+        name: tuple(value)
+        if isinstance(
+            value,
+            list,
+        )
+        else value
         for name, value in fields.items()
     }

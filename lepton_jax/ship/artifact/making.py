@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ class Parts(NamedTuple):
       serving: the way from raw rows to inputs; None: there is none.
       profile: of the training rows after the steps; None: there is none.
       stored: rows with the trainer's outputs.
+      training: what the rows of training looked like, as JSON; None: not known.
     """
 
     manifest: Manifest
@@ -39,9 +41,15 @@ class Parts(NamedTuple):
     serving: Any
     profile: Any
     stored: Stored
+    training: str | None = None
 
 
-def parts_of(trainer: Any, name: str | None, version: str, rows: Any) -> Parts:
+def parts_of(
+    trainer: Any,
+    name: str | None,
+    version: str,
+    rows: Any,
+) -> Parts:
     """Return the parts of the artifact of a trainer's model.
 
     Args:
@@ -78,9 +86,17 @@ def parts_of(trainer: Any, name: str | None, version: str, rows: Any) -> Parts:
         recipe=_recipe(trainer),
         step=int(trainer.step),
         limits=_limits(trainer),
-        meeting=trainer.program.prediction().meeting,
+        meeting=model.meeting,
         batch_size=trainer.recipe.batch_size,
-        notes=(*model.left_out, *filter(None, [fault]), *_notes(trainer, stored, rows)),
+        notes=(
+            *model.left_out,
+            *filter(None, [fault]),
+            *_notes(
+                trainer,
+                stored,
+                rows,
+            ),
+        ),
     )
     profile = None if serving is None else serving.training_profile()
     return Parts(
@@ -91,6 +107,7 @@ def parts_of(trainer: Any, name: str | None, version: str, rows: Any) -> Parts:
         serving,
         profile,
         stored,
+        _training(trainer),
     )
 
 
@@ -98,12 +115,25 @@ def deserialized(content: bytes) -> export.Exported:
     """Return a program.
 
     Raises:
-      ValueError: it is damaged, or of a version of JAX that is too old or too new.
+      Exception: it is damaged, or of a version of JAX that is too old or too new: of
+        flatbuffers, or of JAX.
     """
-    return export.deserialize(bytearray(content))
+    program = export.deserialize(bytearray(content))
+    program.mlir_module()  # an older JAX fails now, and not when it compiles
+    return program
 
 
 # ---- internals ----
+
+
+def _training(trainer: Any) -> str | None:
+    if find_spec("polars") is None:
+        return None
+    # only here: a model of arrays alone does not need the library for tables
+    from lepton_jax.ship.watch.reference import training_rows
+
+    known = training_rows(trainer)
+    return None if known is None else known.to_json()
 
 
 def _labels(serving: Any) -> tuple[Any, ...]:
@@ -116,7 +146,13 @@ def _metrics(trainer: Any) -> dict[str, float]:
         return {}
     measured = trainer.evaluate()
     names = ["loss", *trainer.recipe.metrics]
-    return dict(zip(names, map(float, measured), strict=True))
+    return dict(
+        zip(
+            names,
+            map(float, measured),
+            strict=True,
+        )
+    )
 
 
 def _recipe(trainer: Any) -> dict[str, Any]:
@@ -125,7 +161,12 @@ def _recipe(trainer: Any) -> dict[str, Any]:
     return {
         "name": trainer.recipe.name,
         "file": source.get("file"),
-        "settings": dict(source.get("settings", {})),
+        "settings": dict(
+            source.get(
+                "settings",
+                {},
+            )
+        ),
         "model": trainer.program.trace.functional.name,
         "run": None if trainer.run_dir is None else str(Path(trainer.run_dir)),
     }
@@ -140,7 +181,11 @@ def _limits(trainer: Any) -> tuple[dict[str, Any], ...]:
     )
 
 
-def _notes(trainer: Any, stored: Stored, rows: Any) -> list[str]:
+def _notes(
+    trainer: Any,
+    stored: Stored,
+    rows: Any,
+) -> list[str]:
     """Return what could not be had, and why."""
     notes = []
     is_asked = not isinstance(rows, int) or rows > 0

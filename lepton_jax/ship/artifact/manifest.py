@@ -37,8 +37,8 @@ class Manifest:
       recipe: "file", "settings", "model" (its class), "name".
       step: updates that the weights have seen.
       limits: whole numbers that the inputs may hold; fields of `data.Limit`.
-      meeting: the place where the samples of a batch meet, so that a prediction
-        depends on its batch; None: it does not.
+      meeting: the reason why a prediction depends on its batch, such as the place where
+        samples meet: then rows of several people must not share one; None: it does not.
       batch_size: of the recipe; where samples meet, that of a prediction.
       sizes: batch sizes that there is a program for; (): any.
       notes: what could not be had, and why.
@@ -77,7 +77,10 @@ class Manifest:
 
     def expiry(self) -> str:
         """Return with what the program opens, and until when, as a sentence."""
-        made_with = self.made["versions"].get("jax", "an unknown version")
+        made_with = self.made["versions"].get(
+            "jax",
+            "an unknown version",
+        )
         return (
             f"made with jax {made_with} on {self.made['when'][:10]}; it opens with"
             f" that version at any time, and with later ones until"
@@ -87,7 +90,14 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the manifest as text for `from_json`."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        return (
+            json.dumps(
+                asdict(self),
+                indent=1,
+                ensure_ascii=False,
+            )
+            + "\n"
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -100,9 +110,19 @@ class Manifest:
         known = {part.name for part in fields(cls)}
         given = {name: value for name, value in content.items() if name in known}
         for name, kind in PARTS.items():
-            given[name] = tuple(map(kind.from_fields, given[name]))
+            given[name] = tuple(
+                map(
+                    kind.from_fields,
+                    given[name],
+                )
+            )
         for name in ("labels", "limits", "sizes", "notes"):
-            given[name] = tuple(given.get(name, ()))
+            given[name] = tuple(
+                given.get(
+                    name,
+                    (),
+                )
+            )
         return cls(**given)
 
 

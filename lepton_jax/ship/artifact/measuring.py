@@ -16,6 +16,7 @@ from jax import export
 
 from lepton_jax import losses
 from lepton_jax.compat import without_paths
+from lepton_jax.planner.program.evaluation import outputs_of
 from lepton_jax.ship.artifact.signature import OUTPUTS, named
 from lepton_jax.ship.artifact.tracing import BATCH, PLATFORMS, Traced
 
@@ -42,7 +43,14 @@ def exported_metrics(
       The program, or None and the reason why there is none.
     """
     trace = trainer.program.trace
-    lost = [name for name in named(trace.outputs, OUTPUTS) if name not in model.dims]
+    lost = [
+        name
+        for name in named(
+            outputs_of(trace, trace.inputs),
+            OUTPUTS,
+        )
+        if name not in model.dims
+    ]
     if lost:
         return None, f"no metrics are measured: they need {', '.join(lost)}"
     measure = _Measure(trainer, model)
@@ -54,7 +62,10 @@ def exported_metrics(
         shapes = measure.shapes(extent)
         try:
             with without_paths():
-                made = export.export(jax.jit(measure), platforms=PLATFORMS)
+                made = export.export(
+                    jax.jit(measure),
+                    platforms=PLATFORMS,
+                )
                 return made(*shapes), None
         except Exception as error:  # a metric of the user's, with a symbolic extent
             reason = str(error).strip().partition("\n")[0]
@@ -79,7 +90,10 @@ def measured(
         if name.partition(".")[0] == OUTPUTS
     }
     expected = {name: jnp.asarray(leaf) for name, leaf in targets.items()}
-    values = jax.jit(program.call)(given, expected)
+    values = jax.jit(program.call)(
+        given,
+        expected,
+    )
     return {name: float(np.asarray(value)) for name, value in values.items()}
 
 
@@ -94,18 +108,34 @@ class _Measure:
         self._recipe = trainer.recipe
         self._whole = tuple(program.evaluation.whole)
         self._dims = model.dims
-        self._outputs = program.trace.outputs
+        self._outputs = outputs_of(
+            program.trace,
+            program.trace.inputs,
+        )
         self._targets = program.trace.targets
 
-    def shapes(self, extent: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def shapes(
+        self,
+        extent: Any,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the shapes of outputs and targets of a number of rows."""
         outputs = {
-            name: _rows(leaf, self._dims[name], extent)
-            for name, leaf in named(self._outputs, OUTPUTS).items()
+            name: _rows(
+                leaf,
+                self._dims[name],
+                extent,
+            )
+            for name, leaf in named(
+                self._outputs,
+                OUTPUTS,
+            ).items()
         }
         targets = {
             name: _rows(leaf, 0, extent)
-            for name, leaf in named(self._targets, TARGETS).items()
+            for name, leaf in named(
+                self._targets,
+                TARGETS,
+            ).items()
         }
         return outputs, targets
 
@@ -116,24 +146,60 @@ class _Measure:
     ) -> dict[str, Any]:
         recipe = self._recipe
         moved = [
-            jnp.moveaxis(outputs[name], 0, self._dims[name])
+            jnp.moveaxis(
+                outputs[name],
+                0,
+                self._dims[name],
+            )
             for name in named(self._outputs, OUTPUTS)
         ]
-        given = jax.tree.unflatten(jax.tree.structure(self._outputs), moved)
-        wanted = [targets[name] for name in named(self._targets, TARGETS)]
-        expected = jax.tree.unflatten(jax.tree.structure(self._targets), wanted)
-        sums = losses.measure(recipe, given, expected, without=self._whole)
+        given = jax.tree.unflatten(
+            jax.tree.structure(self._outputs),
+            moved,
+        )
+        wanted = [
+            targets[name]
+            for name in named(
+                self._targets,
+                TARGETS,
+            )
+        ]
+        expected = jax.tree.unflatten(
+            jax.tree.structure(self._targets),
+            wanted,
+        )
+        sums = losses.measure(
+            recipe,
+            given,
+            expected,
+            without=self._whole,
+        )
         values = {
-            name: losses.finish(recipe, name, losses.mean(*pair))
+            name: losses.finish(
+                recipe,
+                name,
+                losses.mean(*pair),
+            )
             for name, pair in sums.items()
         }
         for name in self._whole:
             function, _ = losses.sums_of(recipe.metrics[name])
-            values[name] = losses.finish(recipe, name, function(given, expected))
+            values[name] = losses.finish(
+                recipe,
+                name,
+                function(given, expected),
+            )
         return values
 
 
-def _rows(leaf: Any, dim: int, extent: Any) -> jax.ShapeDtypeStruct:
+def _rows(
+    leaf: Any,
+    dim: int,
+    extent: Any,
+) -> jax.ShapeDtypeStruct:
     """Return the shape of a leaf with its rows first."""
     others = [size for place, size in enumerate(leaf.shape) if place != dim]
-    return jax.ShapeDtypeStruct((extent, *others), leaf.dtype)
+    return jax.ShapeDtypeStruct(
+        (extent, *others),
+        leaf.dtype,
+    )

@@ -30,10 +30,17 @@ class Tensor:
     shape: tuple[int, ...]
 
     @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> Tensor:
+    def from_fields(
+        cls,
+        fields: Mapping[str, Any],
+    ) -> Tensor:
         """Return the tensor of plain data."""
         shape = tuple(int(extent) for extent in fields["shape"])
-        return cls(str(fields["name"]), str(fields["dtype"]), shape)
+        return cls(
+            str(fields["name"]),
+            str(fields["dtype"]),
+            shape,
+        )
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,10 @@ class Column:
     example: Any = None
 
     @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> Column:
+    def from_fields(
+        cls,
+        fields: Mapping[str, Any],
+    ) -> Column:
         """Return the column of plain data."""
         return cls(
             str(fields["name"]),
@@ -71,7 +81,10 @@ def to_fields(parts: tuple[Any, ...]) -> list[dict[str, Any]]:
     return [asdict(part) for part in parts]
 
 
-def named(tree: Any, root: str) -> dict[str, Any]:
+def named(
+    tree: Any,
+    root: str,
+) -> dict[str, Any]:
     """Return the leaves of a tree by the names that a signature gives them.
 
     >>> named({"a": 1, "b": {"c": 2}}, "outputs")

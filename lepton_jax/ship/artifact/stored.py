@@ -51,12 +51,22 @@ class Stored:
     refused: Any = None
 
     def __len__(self) -> int:
-        return len(next(iter(self.inputs.values()), ()))
+        return len(
+            next(
+                iter(self.inputs.values()),
+                (),
+            )
+        )
 
     @property
     def held_out(self) -> int:
         """How many rows, from the first on, are rows of the data with their target."""
-        return len(next(iter(self.targets.values()), ()))
+        return len(
+            next(
+                iter(self.targets.values()),
+                (),
+            )
+        )
 
     def save(self, folder: Path) -> None:
         """Write the rows into a folder, which is made."""
@@ -64,7 +74,10 @@ class Stored:
         arrays = {
             f"{part}/{name}": array
             for part in PARTS
-            for name, array in getattr(self, part).items()
+            for name, array in getattr(
+                self,
+                part,
+            ).items()
         }
         write_tensors(folder / ARRAYS, arrays)
         for file, rows in ((ROWS, self.rows), (REFUSED, self.refused)):
@@ -85,7 +98,11 @@ class Stored:
         )
 
 
-def stored_rows(trainer: Any, rows: Any, names: Mapping[str, Any]) -> Stored:
+def stored_rows(
+    trainer: Any,
+    rows: Any,
+    names: Mapping[str, Any],
+) -> Stored:
     """Return some of a trainer's rows with its outputs on them.
 
     Args:
@@ -117,12 +134,23 @@ def stored_rows(trainer: Any, rows: Any, names: Mapping[str, Any]) -> Stored:
 # ---- internals ----
 
 
-def _with_raw(trainer: Any, raw: Any, targets: Any, names: Mapping[str, Any]) -> Stored:
+def _with_raw(
+    trainer: Any,
+    raw: Any,
+    targets: Any,
+    names: Mapping[str, Any],
+) -> Stored:
     """Return raw rows, of which the last ones are awkward, with the outputs."""
-    count = max(1, raw.height - int(raw.height * AWKWARD))
+    count = max(
+        1,
+        raw.height - int(raw.height * AWKWARD),
+    )
     known = _by_target(targets)
     ordinary = raw.head(count)
-    good, bad = _told_apart(trainer, awkward_rows(ordinary, raw.height - count))
+    good, bad = _told_apart(
+        trainer,
+        awkward_rows(ordinary, raw.height - count),
+    )
     rows = ordinary.vstack(good).rechunk()
     inputs = trainer.preparation.arrays(rows)
     return Stored(
@@ -134,18 +162,27 @@ def _with_raw(trainer: Any, raw: Any, targets: Any, names: Mapping[str, Any]) ->
     )
 
 
-def _told_apart(trainer: Any, rows: Any) -> tuple[Any, Any]:
+def _told_apart(
+    trainer: Any,
+    rows: Any,
+) -> tuple[Any, Any]:
     """Return the rows that the trainer predicts, and those that it refuses."""
-    if not rows.height:
-        return rows, rows
-    takes = [_takes(trainer, rows.slice(number, 1)) for number in range(rows.height)]
+    if not rows.height or _takes(trainer, rows):
+        return rows, rows.head(0)
+    takes = [
+        _takes(
+            trainer,
+            rows.slice(number, 1),
+        )
+        for number in range(rows.height)
+    ]
     taken = np.asarray(takes)
     return rows.filter(taken), rows.filter(~taken)
 
 
-def _takes(trainer: Any, row: Any) -> bool:
+def _takes(trainer: Any, rows: Any) -> bool:
     try:
-        trainer.predict(row)
+        trainer.predict(rows)
     except DataError:  # a step drops it, or the outputs would hold NaN
         return False
     return True
@@ -170,7 +207,10 @@ def _outputs(
     inputs: Any,
     names: Mapping[str, Any],
 ) -> dict[str, np.ndarray]:
-    outputs = named(trainer.predict(inputs, decode=_as_they_are), OUTPUTS)
+    outputs = named(
+        trainer.predict(inputs, decode=_as_they_are),
+        OUTPUTS,
+    )
     decoded = named(trainer.predict(inputs), PREDICTION)
     both = outputs | decoded
     return {name: np.asarray(both[name]) for name in names if name in both}
@@ -187,7 +227,13 @@ def _arrays(inputs: Any) -> dict[str, np.ndarray]:
 def _by_target(targets: Any) -> dict[str, np.ndarray]:
     if targets is None:
         return {}
-    return {name: np.asarray(leaf) for name, leaf in named(targets, "targets").items()}
+    return {
+        name: np.asarray(leaf)
+        for name, leaf in named(
+            targets,
+            "targets",
+        ).items()
+    }
 
 
 def _arrow(rows: Any) -> bytes:

@@ -23,7 +23,10 @@ KNOWN = "?bBhHiIlLqQefdF"  # NumPy's characters of types that are stored as they
 HALVES = ("int4", "uint4")  # two of which share a byte
 
 
-def write_tensors(path: Path, arrays: Mapping[str, Any]) -> None:
+def write_tensors(
+    path: Path,
+    arrays: Mapping[str, Any],
+) -> None:
     """Write arrays by name.
 
     Raises:
@@ -53,13 +56,22 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     library = needs("safetensors", extra=EXTRA, purpose="an artifact")
     try:
         with library.safe_open(path, framework="np") as file:
-            types = json.loads((file.metadata() or {}).get(TYPES, "{}"))
+            types = json.loads(
+                (file.metadata() or {}).get(
+                    TYPES,
+                    "{}",
+                )
+            )
             names = list(file.keys())
             arrays = {name: file.get_tensor(name) for name in names}
     except library.SafetensorError as error:
         raise ValueError(str(error)) from error
     for name, (kind, shape) in types.items():
-        arrays[name] = _from_bytes(arrays[name], kind, tuple(shape))
+        arrays[name] = _from_bytes(
+            arrays[name],
+            kind,
+            tuple(shape),
+        )
     return arrays
 
 
@@ -68,9 +80,18 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 def _as_bytes(array: np.ndarray) -> np.ndarray:
     if array.dtype.name not in HALVES:
-        return np.frombuffer(array.tobytes(), np.uint8)
+        return np.frombuffer(
+            array.tobytes(),
+            np.uint8,
+        )
     halves = array.reshape(-1).astype(np.int8).view(np.uint8) & 0xF
-    halves = np.append(halves, np.zeros(len(halves) % 2, np.uint8))
+    halves = np.append(
+        halves,
+        np.zeros(
+            len(halves) % 2,
+            np.uint8,
+        ),
+    )
     return halves[0::2] | (halves[1::2] << 4)
 
 
@@ -81,9 +102,19 @@ def _from_bytes(
 ) -> np.ndarray:
     dtype = np.dtype(getattr(ml_dtypes, kind))
     if kind not in HALVES:
-        return np.frombuffer(stored.tobytes(), dtype).reshape(shape)
-    halves = np.stack([stored & 0xF, stored >> 4], axis=1).reshape(-1)
+        return np.frombuffer(
+            stored.tobytes(),
+            dtype,
+        ).reshape(shape)
+    halves = np.stack(
+        [stored & 0xF, stored >> 4],
+        axis=1,
+    ).reshape(-1)
     halves = halves[: int(np.prod(shape))].astype(np.int8)
     if kind == "int4":  # 8 to 15 are the negative ones
-        halves = np.where(halves > 7, halves - 16, halves)
+        halves = np.where(
+            halves > 7,
+            halves - 16,
+            halves,
+        )
     return halves.astype(dtype).reshape(shape)

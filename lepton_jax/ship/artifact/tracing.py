@@ -24,6 +24,7 @@ from lepton_jax.compat import whole_axes, without_paths
 from lepton_jax.controller import select_weights
 from lepton_jax.errors import ModelError
 from lepton_jax.planner import evaluated
+from lepton_jax.planner.program.evaluation import outputs_of
 from lepton_jax.ship.artifact.signature import (
     ANY,
     OUTPUTS,
@@ -32,6 +33,7 @@ from lepton_jax.ship.artifact.signature import (
     named,
     named_inputs,
 )
+from lepton_jax.step.arguments import draws
 from lepton_jax.trees import by_path
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -50,6 +52,7 @@ class Traced(NamedTuple):
       outputs: signature of what `run` returns.
       dims: of each of these the place of its rows in what the model itself returns.
       left_out: reasons why leaves of the outputs are not returned.
+      meeting: the reason why a row's outputs depend on its batch; None: they do not.
     """
 
     run: Callable[[Arrays, Arrays], dict[str, Any]]
@@ -58,6 +61,7 @@ class Traced(NamedTuple):
     outputs: tuple[Tensor, ...]
     dims: dict[str, int]
     left_out: tuple[str, ...]
+    meeting: str | None
 
 
 def traced(trainer: Any) -> Traced:
@@ -81,16 +85,48 @@ def traced(trainer: Any) -> Traced:
             remedy="return outputs whose first dim is the batch",
         )
 
-    def run(weights: Arrays, inputs: Arrays) -> dict[str, Any]:
+    def run(
+        weights: Arrays,
+        inputs: Arrays,
+    ) -> dict[str, Any]:
         outputs = model(weights, inputs)
-        return {name: jnp.moveaxis(outputs[name], dim, 0) for name, dim in kept.items()}
+        return {
+            name: jnp.moveaxis(
+                outputs[name],
+                dim,
+                0,
+            )
+            for name, dim in kept.items()
+        }
 
-    batch = jax.eval_shape(run, {path: shapes[path] for path in used}, model.inputs)
+    batch = jax.eval_shape(
+        run,
+        {path: shapes[path] for path in used},
+        model.inputs,
+    )
     outputs = tuple(
-        Tensor(name, str(leaf.dtype), (ANY, *leaf.shape[1:]))
+        Tensor(
+            name,
+            str(leaf.dtype),
+            (ANY, *leaf.shape[1:]),
+        )
         for name, leaf in batch.items()
     )
-    return Traced(run, weights, model.inputs, outputs, kept, tuple(left_out))
+    return Traced(
+        run,
+        weights,
+        model.inputs,
+        outputs,
+        kept,
+        tuple(left_out),
+        _meeting(
+            trainer,
+            jax.make_jaxpr(run)(
+                weights,
+                model.inputs,
+            ).jaxpr,
+        ),
+    )
 
 
 def exported(
@@ -109,12 +145,21 @@ def exported(
     if size is None:
         (extent,) = export.symbolic_shape(BATCH)
     inputs = {
-        name: jax.ShapeDtypeStruct((extent, *shape.shape[1:]), shape.dtype)
+        name: jax.ShapeDtypeStruct(
+            (extent, *shape.shape[1:]),
+            shape.dtype,
+        )
         for name, shape in model.inputs.items()
     }
     weights = _shapes(model.weights)
     with without_paths():
-        return export.export(jax.jit(model.run), platforms=platforms)(weights, inputs)
+        return export.export(
+            jax.jit(model.run),
+            platforms=platforms,
+        )(
+            weights,
+            inputs,
+        )
 
 
 def signature_of(inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -124,7 +169,11 @@ def signature_of(inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
       inputs: shapes of a batch, by name.
     """
     return tuple(
-        Tensor(name, str(leaf.dtype), (ANY, *leaf.shape[1:]))
+        Tensor(
+            name,
+            str(leaf.dtype),
+            (ANY, *leaf.shape[1:]),
+        )
         for name, leaf in inputs.items()
     )
 
@@ -151,26 +200,45 @@ class _Model:
         self.input_structure = jax.tree.structure(self._traced.inputs)
         self.inputs = named_inputs(self._traced.inputs)
 
-    def __call__(self, weights: Arrays, inputs: Arrays) -> dict[str, Any]:
+    def __call__(
+        self,
+        weights: Arrays,
+        inputs: Arrays,
+    ) -> dict[str, Any]:
         leaves = [
-            _as_weight(weights.get(path), like) for path, like in self.weights.items()
+            _as_weight(
+                weights.get(path),
+                like,
+            )
+            for path, like in self.weights.items()
         ]
         tree = jax.tree.unflatten(self.structure, leaves)
         given = jax.tree.unflatten(
             self.input_structure,
             [inputs[name] for name in self.inputs],
         )
-        outputs = evaluated(self._traced, tree["params"], tree["variables"], given)
+        outputs = evaluated(
+            self._traced,
+            tree["params"],
+            tree["variables"],
+            given,
+        )
         decoded = whole_axes(self.decode)(outputs)
         return named(outputs, OUTPUTS) | named(decoded, PREDICTION)
 
 
-def _used(model: _Model, shapes: Arrays) -> list[str]:
+def _used(
+    model: _Model,
+    shapes: Arrays,
+) -> list[str]:
     """Return the paths of the weights that the outputs depend on.
 
     Keys and counts of dropout are among those that they do not.
     """
-    program = jax.make_jaxpr(model)(shapes, model.inputs).jaxpr
+    program = jax.make_jaxpr(model)(
+        shapes,
+        model.inputs,
+    ).jaxpr
     wanted = [True] * len(program.outvars)
     _, is_used = partial_eval.dce_jaxpr(program, wanted)
     paths = sorted(shapes)  # the order in which JAX flattens a dict
@@ -179,12 +247,26 @@ def _used(model: _Model, shapes: Arrays) -> list[str]:
     return [path for path in shapes if path in used]
 
 
+def _meeting(
+    trainer: Any,
+    program: Any,
+) -> str | None:
+    """Return the reason why a row's outputs depend on its batch; None: they do not."""
+    meeting = trainer.program.prediction().meeting
+    if meeting is None and draws(program):
+        return "the model draws random numbers for each place in a batch"
+    return meeting
+
+
 def _with_rows(trainer: Any) -> tuple[dict[str, int], list[str]]:
     """Return the outputs that have one dim for samples, with it, and why others not."""
     program = trainer.program
     prediction = program.prediction()
-    batch = program.trace.outputs
-    decoded = jax.eval_shape(decoder_of(trainer.recipe), batch)
+    batch = outputs_of(program.trace, program.trace.inputs)
+    decoded = jax.eval_shape(
+        decoder_of(trainer.recipe),
+        batch,
+    )
     parts = (
         (named(batch, OUTPUTS), prediction.outputs),
         (named(decoded, PREDICTION), prediction.dims),
@@ -193,7 +275,11 @@ def _with_rows(trainer: Any) -> tuple[dict[str, int], list[str]]:
     kept: dict[str, int] = {}
     left_out: list[str] = []
     for leaves, all_dims in parts:
-        for (name, leaf), dims in zip(leaves.items(), all_dims, strict=True):
+        for (name, leaf), dims in zip(
+            leaves.items(),
+            all_dims,
+            strict=True,
+        ):
             if len(dims) == 1 and leaf.shape[dims[0]] == size:
                 kept[name] = dims[0]
             else:
@@ -205,17 +291,30 @@ def _with_rows(trainer: Any) -> tuple[dict[str, int], list[str]]:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.dtypes.issubdtype(
+        leaf.dtype,
+        jax.dtypes.prng_key,
+    )
 
 
 def _as_weight(given: Any, like: Any) -> Any:
     """Return a weight as the model has it; None is one that it does not use."""
     if not _is_key(like):
-        return jnp.zeros(like.shape, like.dtype) if given is None else given
+        return (
+            jnp.zeros(
+                like.shape,
+                like.dtype,
+            )
+            if given is None
+            else given
+        )
     if given is None:
         data = jax.eval_shape(jax.random.key_data, like)
         given = jnp.zeros(data.shape, data.dtype)
-    return jax.random.wrap_key_data(given, impl=jax.random.key_impl(like))
+    return jax.random.wrap_key_data(
+        given,
+        impl=jax.random.key_impl(like),
+    )
 
 
 def _on_host(leaf: Any) -> np.ndarray:

@@ -72,7 +72,11 @@ def live_source(artifact: Artifact, trainer: Any) -> Source:
     return source_of(artifact, tracing.traced(trainer))
 
 
-def check(target: Target, source: Source, options: Options) -> None:
+def check(
+    target: Target,
+    source: Source,
+    options: Options,
+) -> None:
     """Check that a target can take a model, before work starts.
 
     Raises:

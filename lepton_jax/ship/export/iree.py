@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from lepton_jax.errors import SettingError, nearest
 from lepton_jax.ship.export.lowering import lowered_text
+from lepton_jax.ship.export.rules import FOR_IREE
 from lepton_jax.ship.export.target import (
     Options,
     Source,
@@ -62,7 +63,11 @@ class IREE(Target):
     modules = ("iree.compiler.tools", "iree.runtime")
     has_any_batch = False
 
-    def refusals(self, source: Source, options: Options) -> list[str]:
+    def refusals(
+        self,
+        source: Source,
+        options: Options,
+    ) -> list[str]:
         """See `Target.refusals`."""
         if options.device not in DEVICES:
             raise SettingError(
@@ -73,13 +78,18 @@ class IREE(Target):
             )
         return super().refusals(source, options)
 
-    def write(self, source: Source, folder: Path, options: Options) -> None:
+    def write(
+        self,
+        source: Source,
+        folder: Path,
+        options: Options,
+    ) -> None:
         """See `Target.write`."""
         tools = needs("iree.compiler.tools", extra="edge", purpose="--to iree")
         device = DEVICES[options.device]
         batch = self.batch_of(source, options)
         assert batch is not None
-        text = lowered_text(source, batch)
+        text = lowered_text(source, batch, FOR_IREE)
         try:
             content = tools.compile_str(
                 text,

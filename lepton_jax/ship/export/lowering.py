@@ -1,22 +1,52 @@
-"""A model as StableHLO of one batch size, with its weights as constants."""
+"""A model as a function of JAX's own operations, and as StableHLO."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from lepton_jax.compat import static_text
+from lepton_jax.ship.export import inlined
+from lepton_jax.ship.export.rules import Rule
 from lepton_jax.ship.export.target import Source
 
 
-def lowered_text(source: Source, batch: int) -> str:
+def operations(
+    source: Source,
+    inputs: Sequence[Any],
+    rules: Mapping[str, Rule],
+) -> Callable[..., tuple[Any, ...]]:
+    """Return a model as a function of nothing but JAX's operations, of given shapes.
+
+    Args:
+      source: the model; of one that is not live nothing can be replaced.
+      inputs: shapes of its inputs, in their order.
+      rules: by the name of an operation, what is run in its place.
+    """
+    if not source.is_live:
+        return source.closed()
+    program = jax.make_jaxpr(source.closed())(*inputs)
+
+    def function(*arrays: Any) -> tuple[Any, ...]:
+        return tuple(inlined.run(program, arrays, rules=rules))
+
+    return function
+
+
+def lowered_text(
+    source: Source,
+    batch: int,
+    rules: Mapping[str, Rule],
+) -> str:
     """Return a model's program as MLIR text; its function is `main`.
 
     Args:
       source: the model.
       batch: rows of a batch.
+      rules: see `operations`.
     """
-    shapes: dict[str, Any] = source.shapes(batch)
-    lowered = jax.jit(source.closed()).lower(*shapes.values())
-    return static_text(lowered)
+    shapes = list(source.shapes(batch).values())
+    function = operations(source, shapes, rules)
+    return static_text(jax.jit(function).lower(*shapes))

@@ -1,16 +1,21 @@
-"""ONNX, by jax2onnx, which traces the model's own code."""
+"""ONNX, by jax2onnx, which traces the model's own code.
+
+It replaces Flax's modules by rules of its own while it traces them, and knows neither
+all of them nor all that they do (state, streams of random numbers). So it is given the
+model's operations alone.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from lepton_jax.compat import source_line
 from lepton_jax.ship.export import inlined
+from lepton_jax.ship.export.lowering import operations
+from lepton_jax.ship.export.rules import FOR_ONNX
 from lepton_jax.ship.export.target import (
     Options,
     Source,
@@ -37,7 +42,11 @@ class ONNX(Target):
     extra = "onnx"
     modules = ("onnx", "onnxruntime", "jax2onnx")
 
-    def refusals(self, source: Source, options: Options) -> list[str]:
+    def refusals(
+        self,
+        source: Source,
+        options: Options,
+    ) -> list[str]:
         """See `Target.refusals`."""
         reasons = super().refusals(source, options)
         if not source.is_live:
@@ -55,7 +64,12 @@ class ONNX(Target):
             )
         return reasons
 
-    def write(self, source: Source, folder: Path, options: Options) -> None:
+    def write(
+        self,
+        source: Source,
+        folder: Path,
+        options: Options,
+    ) -> None:
         """See `Target.write`."""
         library = needs("jax2onnx", extra="onnx", purpose="--to onnx")
         batch = self.batch_of(source, options)
@@ -63,7 +77,7 @@ class ONNX(Target):
         _hush()
         try:
             library.to_onnx(
-                _operations(source, inputs),
+                operations(source, inputs, FOR_ONNX),
                 inputs=inputs,
                 model_name=word(source.name),
                 return_mode="file",
@@ -84,28 +98,20 @@ def _hush() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _inputs(source: Source, batch: int | None) -> list[Any]:
+def _inputs(
+    source: Source,
+    batch: int | None,
+) -> list[Any]:
     if batch is not None:
         return list(source.shapes(batch).values())
     (extent,) = jax.export.symbolic_shape(BATCH)
     return [
-        jax.ShapeDtypeStruct((extent, *tensor.shape[1:]), tensor.dtype)
+        jax.ShapeDtypeStruct(
+            (extent, *tensor.shape[1:]),
+            tensor.dtype,
+        )
         for tensor in source.inputs
     ]
-
-
-def _operations(source: Source, inputs: list[Any]) -> Callable[..., Any]:
-    """Return a model as a function of nothing but JAX's own operations.
-
-    jax2onnx replaces Flax's modules by rules of its own while it traces them, and knows
-    neither all of them nor all that they do (state, streams of random numbers).
-    """
-    program = jax.make_jaxpr(source.closed())(*inputs)
-
-    def function(*arrays: Any) -> tuple[Any, ...]:
-        return tuple(inlined.run(program, arrays))
-
-    return function
 
 
 def _unknown(source: Source) -> list[str]:
@@ -118,6 +124,6 @@ def _unknown(source: Source) -> list[str]:
     found: dict[str, str] = {}
     for eqn, callers in inlined.equations(program):
         name = eqn.primitive.name
-        if name not in system.PLUGIN_REGISTRY:
-            found.setdefault(name, source_line(eqn, callers))
+        if name not in FOR_ONNX and name not in system.PLUGIN_REGISTRY:
+            found.setdefault(name, inlined.place_of(eqn, callers))
     return [f"{name} ({line})" for name, line in found.items()]

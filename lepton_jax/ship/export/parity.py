@@ -163,14 +163,26 @@ def compared(
     for name, leaf in expected.items():
         if leaf.dtype.kind in "iub":
             if name.partition(".")[0] == PREDICTION:
-                unequal = (leaf != found[name]).reshape(len(leaf), -1).any(axis=1)
+                unequal = (
+                    (leaf != found[name])
+                    .reshape(
+                        len(leaf),
+                        -1,
+                    )
+                    .any(axis=1)
+                )
                 wrong = wrong | unequal
             continue
         gap = _largest(leaf, found[name])
         if gap > scaled:
             worst = name
             scaled = gap
-            difference = float(np.nanmax(np.abs(leaf - found[name]), initial=0.0))
+            difference = float(
+                np.nanmax(
+                    np.abs(leaf - found[name]),
+                    initial=0.0,
+                )
+            )
     return Parity(
         target=target,
         rows=len(next(iter(expected.values()))),
@@ -222,20 +234,34 @@ def replayed(
 
 def write_parity(parity: Parity, folder: Path) -> None:
     """Write the comparison next to the exported model."""
-    (folder / PARITY).write_text(json.dumps(parity.to_fields(), indent=1) + "\n")
+    (folder / PARITY).write_text(
+        json.dumps(
+            parity.to_fields(),
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 # ---- internals ----
 
 
-def _largest(expected: np.ndarray, found: np.ndarray) -> float:
+def _largest(
+    expected: np.ndarray,
+    found: np.ndarray,
+) -> float:
     """Return the largest difference of a row, relative to its largest output or 1.
 
     A row far off, whose outputs are large, must not hide differences of others.
     """
     if expected.shape != found.shape:
         return float("inf")
-    return float(probing.row_differences(expected, found).max(initial=0.0))
+    return float(
+        probing.row_differences(
+            expected,
+            found,
+        ).max(initial=0.0)
+    )
 
 
 def _check_refused(artifact: Artifact) -> int:
@@ -280,12 +306,25 @@ def _departs(
     """Return the first layer in which the target departs from JAX."""
     if source is None or not source.is_live:
         return "not known: the model's code is not at hand"
-    size = target.batch_of(source, options or Options()) or 1
-    batch = replay.rows_of(dict(inputs), 0, size)
+    size = (
+        target.batch_of(
+            source,
+            options or Options(),
+        )
+        or 1
+    )
+    batch = replay.rows_of(
+        dict(inputs),
+        0,
+        size,
+    )
     layers = probing.layers_of(source, size)
     expected = layers.run(source.weights, batch)
     with tempfile.TemporaryDirectory() as place:
-        fixed = Options(size, (options or Options()).device)
+        fixed = Options(
+            size,
+            (options or Options()).device,
+        )
         try:
             target.write(layers, Path(place), fixed)
             found = replayed(Path(place), batch, python)
@@ -322,7 +361,12 @@ def _of_weights(
         are_raw=False,
         refused=0,
         difference=0.0 if same else gaps[worst],
-        scaled=0.0 if same else max(gaps[worst], 2 * TOLERANCE),
+        scaled=0.0
+        if same
+        else max(
+            gaps[worst],
+            2 * TOLERANCE,
+        ),
         labels=0,
         worst=worst,
         departs=f"no program; {len(expected)} arrays bit by bit",

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lepton_jax.compat import source_line
 from lepton_jax.ship.artifact.signature import ANY, Tensor
 from lepton_jax.ship.export import inlined
 from lepton_jax.ship.export.target import Source
@@ -61,7 +60,13 @@ def layers_of(source: Source, batch: int) -> Source:
         for path, array in source.weights.items()
     }
     inputs = source.shapes(batch)
-    names = _chosen(_names(source.run, shapes, inputs))
+    names = _chosen(
+        _names(
+            source.run,
+            shapes,
+            inputs,
+        )
+    )
     wanted = set(names)
 
     def run(
@@ -73,10 +78,19 @@ def layers_of(source: Source, batch: int) -> Source:
 
     kinds = jax.eval_shape(run, shapes, inputs)
     outputs = tuple(
-        Tensor(name, str(leaf.dtype), (ANY, *leaf.shape[1:]))
+        Tensor(
+            name,
+            str(leaf.dtype),
+            (ANY, *leaf.shape[1:]),
+        )
         for name, leaf in ((name, kinds[name]) for name in names)
     )
-    return replace(source, run=run, outputs=outputs, exported=None)
+    return replace(
+        source,
+        run=run,
+        outputs=outputs,
+        exported=None,
+    )
 
 
 def first_departure(
@@ -98,43 +112,95 @@ def first_departure(
     return None
 
 
-def scaled_difference(expected: np.ndarray, found: np.ndarray) -> float:
+def scaled_difference(
+    expected: np.ndarray,
+    found: np.ndarray,
+) -> float:
     """Return the largest difference, relative to the largest value, or to 1.
 
     NaN equals NaN, and infinity itself; against a number they are infinitely far.
     """
     if np.shape(expected) != np.shape(found):
         return float("inf")
-    flat = np.reshape(expected, (1, -1)), np.reshape(found, (1, -1))
+    flat = (
+        np.reshape(
+            expected,
+            (1, -1),
+        ),
+        np.reshape(found, (1, -1)),
+    )
     return float(row_differences(*flat).max(initial=0.0))
 
 
-def row_differences(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
+def row_differences(
+    expected: np.ndarray,
+    found: np.ndarray,
+) -> np.ndarray:
     """Return each row's largest difference, relative to its largest value, or to 1.
 
     Args:
       expected: (rows, ...).
       found: of the same shape.
     """
-    left = np.asarray(expected, np.float64).reshape(len(expected), -1)
-    right = np.asarray(found, np.float64).reshape(len(found), -1)
+    left = np.asarray(
+        expected,
+        np.float64,
+    ).reshape(
+        len(expected),
+        -1,
+    )
+    right = np.asarray(
+        found,
+        np.float64,
+    ).reshape(
+        len(found),
+        -1,
+    )
     same = (left == right) | (np.isnan(left) & np.isnan(right))
     with np.errstate(invalid="ignore"):  # infinity from infinity
-        gaps = np.where(same, 0.0, np.abs(left - right))
-    gaps = np.where(np.isnan(gaps), np.inf, gaps)
-    finite = np.where(np.isfinite(left), np.abs(left), 0.0)
-    scales = np.maximum(1.0, finite.max(axis=1, initial=0.0))
-    return gaps.max(axis=1, initial=0.0) / scales
+        gaps = np.where(
+            same,
+            0.0,
+            np.abs(left - right),
+        )
+    gaps = np.where(
+        np.isnan(gaps),
+        np.inf,
+        gaps,
+    )
+    finite = np.where(
+        np.isfinite(left),
+        np.abs(left),
+        0.0,
+    )
+    scales = np.maximum(
+        1.0,
+        finite.max(axis=1, initial=0.0),
+    )
+    return (
+        gaps.max(
+            axis=1,
+            initial=0.0,
+        )
+        / scales
+    )
 
 
 # ---- internals ----
 
 
-def _names(run: Callable[..., Any], weights: Any, inputs: Any) -> list[str]:
+def _names(
+    run: Callable[..., Any],
+    weights: Any,
+    inputs: Any,
+) -> list[str]:
     """Return the names of all layers, in their order."""
     order: list[str] = []
 
-    def traced(weights: Any, inputs: Any) -> dict[str, Any]:
+    def traced(
+        weights: Any,
+        inputs: Any,
+    ) -> dict[str, Any]:
         found = _layers(run, weights, inputs)
         order.extend(found)
         return found
@@ -154,17 +220,34 @@ def _layers(
     inputs: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Run a model, and return the results of its layers by name."""
-    program = jax.make_jaxpr(run)(dict(weights), dict(inputs))
+    program = jax.make_jaxpr(run)(
+        dict(weights),
+        dict(inputs),
+    )
     found: dict[str, Any] = {}
 
-    def look(eqn: Any, callers: tuple, results: list[Any]) -> None:
+    def look(
+        eqn: Any,
+        callers: tuple,
+        results: list[Any],
+    ) -> None:
         if eqn.primitive.name not in LAYERS:
             return
         for leaf in results:
-            if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim:
-                line = source_line(eqn, callers)
+            if (
+                jnp.issubdtype(
+                    leaf.dtype,
+                    jnp.floating,
+                )
+                and leaf.ndim
+            ):
+                line = inlined.place_of(eqn, callers)
                 found[f"{len(found) + 1:02d} {eqn.primitive.name} {line}"] = leaf
 
     leaves = jax.tree.leaves((dict(weights), dict(inputs)))
-    inlined.run(program, [jnp.asarray(leaf) for leaf in leaves], look)
+    inlined.run(
+        program,
+        [jnp.asarray(leaf) for leaf in leaves],
+        look,
+    )
     return found

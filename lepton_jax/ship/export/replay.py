@@ -22,7 +22,10 @@ Run = Callable[[Arrays], Arrays]
 THREADS = 1  # of a runtime, so that sums are added up in the same order each time
 
 
-def stablehlo(folder: Path, signature: dict[str, Any]) -> Run:
+def stablehlo(
+    folder: Path,
+    signature: dict[str, Any],
+) -> Run:
     """Open a program of `jax.export`; the runtime is JAX."""
     from jax import export
     from safetensors.numpy import load_file
@@ -37,7 +40,10 @@ def stablehlo(folder: Path, signature: dict[str, Any]) -> Run:
     return run
 
 
-def onnx(folder: Path, signature: dict[str, Any]) -> Run:
+def onnx(
+    folder: Path,
+    signature: dict[str, Any],
+) -> Run:
     """Open an ONNX model; the runtime is ONNX Runtime."""
     import onnxruntime
 
@@ -50,18 +56,31 @@ def onnx(folder: Path, signature: dict[str, Any]) -> Run:
     )
 
     def run(inputs: Arrays) -> Arrays:
-        results = session.run(names(signature, "outputs"), inputs)
-        pairs = zip(names(signature, "outputs"), results, strict=True)
+        results = session.run(
+            names(signature, "outputs"),
+            inputs,
+        )
+        pairs = zip(
+            names(signature, "outputs"),
+            results,
+            strict=True,
+        )
         return {name: np.asarray(leaf) for name, leaf in pairs}
 
     return run
 
 
-def litert(folder: Path, signature: dict[str, Any]) -> Run:
+def litert(
+    folder: Path,
+    signature: dict[str, Any],
+) -> Run:
     """Open a LiteRT (TensorFlow Lite) model."""
     from ai_edge_litert.interpreter import Interpreter
 
-    interpreter = Interpreter(str(folder / "model.tflite"), num_threads=THREADS)
+    interpreter = Interpreter(
+        str(folder / "model.tflite"),
+        num_threads=THREADS,
+    )
     runner = interpreter.get_signature_runner()
 
     def run(inputs: Arrays) -> Arrays:
@@ -71,7 +90,10 @@ def litert(folder: Path, signature: dict[str, Any]) -> Run:
     return run
 
 
-def savedmodel(folder: Path, signature: dict[str, Any]) -> Run:
+def savedmodel(
+    folder: Path,
+    signature: dict[str, Any],
+) -> Run:
     """Open a SavedModel; the runtime is TensorFlow."""
     import tensorflow as tf
 
@@ -85,12 +107,18 @@ def savedmodel(folder: Path, signature: dict[str, Any]) -> Run:
     return run
 
 
-def iree(folder: Path, signature: dict[str, Any]) -> Run:
+def iree(
+    folder: Path,
+    signature: dict[str, Any],
+) -> Run:
     """Open a module of IREE."""
     from iree import runtime
 
     content = (folder / "model.vmfb").read_bytes()
-    module = runtime.load_vm_flatbuffer(content, driver=signature["driver"])
+    module = runtime.load_vm_flatbuffer(
+        content,
+        driver=signature["driver"],
+    )
     order = names(signature, "inputs")
     out = names(signature, "outputs")
 
@@ -113,7 +141,10 @@ TARGETS = {
 }
 
 
-def names(signature: dict[str, Any], part: str) -> list[str]:
+def names(
+    signature: dict[str, Any],
+    part: str,
+) -> list[str]:
     """Return the names of inputs or outputs as the target has them."""
     return [entry["as"] for entry in signature[part]]
 
@@ -129,8 +160,26 @@ def replay(folder: Path, inputs: Arrays) -> Arrays:
     run = TARGETS[signature["target"]](folder, signature)
     given = {entry["as"]: inputs[entry["name"]] for entry in signature["inputs"]}
     rows = len(next(iter(given.values())))
-    size = signature["batch"] or rows
-    parts = [run(rows_of(given, start, size)) for start in range(0, rows, size)]
+    # Where a prediction depends on its batch, these are the batches of the trainer.
+    fixed = signature["batch"]
+    size = fixed or signature["at_once"] or rows
+    starts = range(0, rows, size)
+    sizes = [
+        fixed
+        or min(
+            size,
+            rows - start,
+        )
+        for start in starts
+    ]
+    parts = [
+        run(rows_of(given, *part))
+        for part in zip(
+            starts,
+            sizes,
+            strict=True,
+        )
+    ]
     outputs = {}
     for entry in signature["outputs"]:
         leaves = [part[entry["as"]] for part in parts]
@@ -138,12 +187,20 @@ def replay(folder: Path, inputs: Arrays) -> Arrays:
     return outputs
 
 
-def rows_of(arrays: Arrays, start: int, size: int) -> Arrays:
+def rows_of(
+    arrays: Arrays,
+    start: int,
+    size: int,
+) -> Arrays:
     """Return a batch of rows, filled up by repeating the last one."""
     batch = {}
     for name, array in arrays.items():
         rows = array[start : start + size]
-        filling = np.repeat(rows[-1:], size - len(rows), axis=0)
+        filling = np.repeat(
+            rows[-1:],
+            size - len(rows),
+            axis=0,
+        )
         batch[name] = np.concatenate([rows, filling])
     return batch
 
@@ -159,10 +216,20 @@ def main(arguments: list[str]) -> int:
     """Replay the rows of a file."""
     folder = Path(arguments[0])
     signature = json.loads((folder / "signature.json").read_text())
-    with np.load(arguments[1], allow_pickle=False) as file:
+    with np.load(
+        arguments[1],
+        allow_pickle=False,
+    ) as file:
         inputs = {name: file[name] for name in file.files}
     is_program = signature["target"] in TARGETS
-    outputs = replay(folder, inputs) if is_program else weights_of(folder)
+    outputs = (
+        replay(
+            folder,
+            inputs,
+        )
+        if is_program
+        else weights_of(folder)
+    )
     np.savez(arguments[2], **outputs)  # type: ignore[arg-type]
     return 0
 

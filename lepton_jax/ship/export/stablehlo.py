@@ -29,7 +29,11 @@ class StableHLO(Target):
     extra = "ship"
     modules = ("safetensors", "flatbuffers")
 
-    def refusals(self, source: Source, options: Options) -> list[str]:
+    def refusals(
+        self,
+        source: Source,
+        options: Options,
+    ) -> list[str]:
         """See `Target.refusals`."""
         reasons = super().refusals(source, options)
         packed = odd_weights(source)
@@ -40,14 +44,25 @@ class StableHLO(Target):
             )
         return reasons
 
-    def write(self, source: Source, folder: Path, options: Options) -> None:
+    def write(
+        self,
+        source: Source,
+        folder: Path,
+        options: Options,
+    ) -> None:
         """See `Target.write`."""
         program = source.exported
         if program is None or options.batch is not None:
             program = _exported(source, options.batch)
         (folder / "program.stablehlo").write_bytes(bytes(program.serialize()))
         write_tensors(folder / "weights.safetensors", source.weights)
-        write_signature(self.name, source, folder, options.batch, words=False)
+        write_signature(
+            self.name,
+            source,
+            folder,
+            options.batch,
+            words=False,
+        )
 
 
 class Safetensors(Target):
@@ -59,7 +74,11 @@ class Safetensors(Target):
     modules = ("safetensors",)
     is_program = False
 
-    def refusals(self, source: Source, options: Options) -> list[str]:
+    def refusals(
+        self,
+        source: Source,
+        options: Options,
+    ) -> list[str]:
         """See `Target.refusals`."""
         packed = odd_weights(source)
         if not packed:
@@ -67,7 +86,12 @@ class Safetensors(Target):
         kind = source.weights[packed[0]].dtype
         return [f"{packed[0]} is {kind}, which safetensors can't hold"]
 
-    def write(self, source: Source, folder: Path, options: Options) -> None:
+    def write(
+        self,
+        source: Source,
+        folder: Path,
+        options: Options,
+    ) -> None:
         """See `Target.write`."""
         write_tensors(folder / "weights.safetensors", source.weights)
         write_signature(self.name, source, folder, None)
@@ -82,12 +106,18 @@ def odd_weights(source: Source) -> list[str]:
     ]
 
 
-def _exported(source: Source, batch: int | None) -> export.Exported:
+def _exported(
+    source: Source,
+    batch: int | None,
+) -> export.Exported:
     extent: Any = batch
     if batch is None:
         (extent,) = export.symbolic_shape("batch")
     inputs = {
-        tensor.name: jax.ShapeDtypeStruct((extent, *tensor.shape[1:]), tensor.dtype)
+        tensor.name: jax.ShapeDtypeStruct(
+            (extent, *tensor.shape[1:]),
+            tensor.dtype,
+        )
         for tensor in source.inputs
     }
     weights = {
@@ -95,4 +125,10 @@ def _exported(source: Source, batch: int | None) -> export.Exported:
         for path, array in source.weights.items()
     }
     with without_paths():
-        return export.export(jax.jit(source.run), platforms=PLATFORMS)(weights, inputs)
+        return export.export(
+            jax.jit(source.run),
+            platforms=PLATFORMS,
+        )(
+            weights,
+            inputs,
+        )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import export
 
@@ -49,7 +50,8 @@ class Source:
       outputs: signature.
       exported: the program; None: it has to be made of `run`.
       is_live: whether JAX can trace into `run`: the model's code is at hand.
-      meeting: the place where samples of a batch meet; None: they do not.
+      meeting: the reason why a prediction depends on its batch; None: it does not.
+      batch_size: of the recipe.
       name: of the model.
     """
 
@@ -60,12 +62,19 @@ class Source:
     exported: export.Exported | None
     is_live: bool
     meeting: str | None
+    batch_size: int
     name: str
 
-    def shapes(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+    def shapes(
+        self,
+        batch: int,
+    ) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the shapes of a batch, by name."""
         return {
-            tensor.name: jax.ShapeDtypeStruct((batch, *tensor.shape[1:]), tensor.dtype)
+            tensor.name: jax.ShapeDtypeStruct(
+                (batch, *tensor.shape[1:]),
+                tensor.dtype,
+            )
             for tensor in self.inputs
         }
 
@@ -74,16 +83,24 @@ class Source:
 
         The weights are constants of it.
         """
+        # as JAX's own arrays: a model may add to one in place
+        weights = {path: jnp.asarray(x) for path, x in self.weights.items()}
 
         def run(*arrays: Any) -> tuple[Any, ...]:
             names = [tensor.name for tensor in self.inputs]
-            outputs = self.run(self.weights, dict(zip(names, arrays, strict=True)))
+            outputs = self.run(
+                weights,
+                dict(zip(names, arrays, strict=True)),
+            )
             return tuple(outputs[tensor.name] for tensor in self.outputs)
 
         return run
 
 
-def source_of(artifact: Artifact, model: Traced | None = None) -> Source:
+def source_of(
+    artifact: Artifact,
+    model: Traced | None = None,
+) -> Source:
     """Return the source of an export.
 
     Args:
@@ -100,6 +117,7 @@ def source_of(artifact: Artifact, model: Traced | None = None) -> Source:
         exported=exported,
         is_live=model is not None,
         meeting=artifact.manifest.meeting,
+        batch_size=artifact.manifest.batch_size,
         name=artifact.manifest.name,
     )
 
@@ -123,7 +141,11 @@ class Target:
     has_any_batch = True
     is_program = True
 
-    def refusals(self, source: Source, options: Options) -> list[str]:
+    def refusals(
+        self,
+        source: Source,
+        options: Options,
+    ) -> list[str]:
         """Return the reasons why a model can't be exported, before work starts."""
         reasons = []
         fixed = self.batch_of(source, options)
@@ -131,18 +153,27 @@ class Target:
             reasons.append(f"{self.name} has one fixed batch size")
         if source.meeting is not None and fixed is not None and self.is_program:
             reasons.append(
-                f"the samples of a batch meet ({source.meeting}), so that a batch"
-                f" of {fixed} that is filled up would predict something else"
+                f"a prediction depends on its batch ({source.meeting}), so that one of"
+                f" {fixed} rows that is filled up would be another"
             )
         return reasons
 
-    def batch_of(self, source: Source, options: Options) -> int | None:
+    def batch_of(
+        self,
+        source: Source,
+        options: Options,
+    ) -> int | None:
         """Return the batch size of what is written; None: any."""
         if options.batch is not None or self.has_any_batch:
             return options.batch
         return DEFAULT_BATCH
 
-    def write(self, source: Source, folder: Path, options: Options) -> None:
+    def write(
+        self,
+        source: Source,
+        folder: Path,
+        options: Options,
+    ) -> None:
         """Write a model into a folder, with `signature.json`.
 
         Raises:
@@ -176,11 +207,18 @@ def write_signature(
         "target": target,
         "name": source.name,
         "batch": batch,
+        "at_once": None if source.meeting is None else source.batch_size,
         **more,
         "inputs": _entries(source.inputs, batch, words),
         "outputs": _entries(source.outputs, batch, words),
     }
-    (folder / SIGNATURE).write_text(json.dumps(content, indent=1) + "\n")
+    (folder / SIGNATURE).write_text(
+        json.dumps(
+            content,
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 def word(name: str) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from lepton_jax.ship.export import inlined
+from lepton_jax.ship.export.lowering import operations
+from lepton_jax.ship.export.rules import FOR_LITERT
 from lepton_jax.ship.export.target import (
     Options,
     Source,
@@ -42,11 +42,21 @@ class SavedModel(Target):
         """Whether TensorFlow reads the dynamic shapes that this JAX writes."""
         return _jax_version() < FIRST_WITHOUT_DYNAMIC
 
-    def write(self, source: Source, folder: Path, options: Options) -> None:
+    def write(
+        self,
+        source: Source,
+        folder: Path,
+        options: Options,
+    ) -> None:
         """See `Target.write`."""
         batch = self.batch_of(source, options)
         with _one_error(self.name):
-            _save(source, folder / SAVED, batch, source.closed())
+            _save(
+                source,
+                folder / SAVED,
+                batch,
+                source.closed(),
+            )
         write_signature(self.name, source, folder, batch)
 
 
@@ -59,22 +69,38 @@ class LiteRT(Target):
     modules = ("tensorflow", "jax.experimental.jax2tf", "ai_edge_litert.interpreter")
     has_any_batch = False
 
-    def refusals(self, source: Source, options: Options) -> list[str]:
+    def refusals(
+        self,
+        source: Source,
+        options: Options,
+    ) -> list[str]:
         """See `Target.refusals`."""
         reasons = super().refusals(source, options)
         if not source.is_live:
             reasons.append(
-                "some operations have to be replaced for LiteRT in the model's own code,"
-                " and an artifact holds none: export the run"
+                "some operations have to be replaced for LiteRT in the model's own"
+                " code, and an artifact holds none: export the run"
             )
         return reasons
 
-    def write(self, source: Source, folder: Path, options: Options) -> None:
+    def write(
+        self,
+        source: Source,
+        folder: Path,
+        options: Options,
+    ) -> None:
         """See `Target.write`."""
         tf = _tensorflow("--to litert")
         batch = self.batch_of(source, options)
+        assert batch is not None
+        shapes = list(source.shapes(batch).values())
         with tempfile.TemporaryDirectory() as place, _one_error(self.name):
-            _save(source, Path(place), batch, _portable(source, batch))
+            _save(
+                source,
+                Path(place),
+                batch,
+                operations(source, shapes, FOR_LITERT),
+            )
             converter = tf.lite.TFLiteConverter.from_saved_model(place)
             content = converter.convert()
         (folder / "model.tflite").write_bytes(content)
@@ -93,7 +119,12 @@ class _one_error:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self,
+        kind: Any,
+        error: BaseException | None,
+        trace: Any,
+    ) -> None:
         if isinstance(error, Exception):
             raise failed(self.target, error) from error
 
@@ -101,37 +132,6 @@ class _one_error:
 def _tensorflow(purpose: str) -> Any:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     return needs("tensorflow", extra=EXTRA, purpose=purpose)
-
-
-def _portable(source: Source, batch: int | None) -> Callable[..., Any]:
-    """Return a model of operations that TensorFlow Lite has."""
-    if not source.is_live or batch is None:
-        return source.closed()
-    program = jax.make_jaxpr(source.closed())(*source.shapes(batch).values())
-
-    def function(*arrays: Any) -> tuple[Any, ...]:
-        return tuple(inlined.run(program, arrays, rules=RULES))
-
-    return function
-
-
-def _argmax(operands: list[Any], params: Any) -> list[Any]:
-    """Return the first position of the largest value, as `lax.argmax` does.
-
-    XLA's own is a reduction of pairs, which the converter of TensorFlow 2.21 refuses.
-    NaN counts as the largest.
-    """
-    (values,) = operands
-    (axis,) = params["axes"]
-    most = jnp.max(values, axis=axis, keepdims=True)
-    is_most = (values == most) | (values != values)
-    size = values.shape[axis]
-    positions = jax.lax.broadcasted_iota(jnp.int32, values.shape, axis)
-    first = jnp.min(jnp.where(is_most, positions, size), axis=axis)
-    return [first.astype(params["index_dtype"])]
-
-
-RULES = {"argmax": _argmax}
 
 
 def _save(
@@ -161,19 +161,36 @@ def _save(
         input_signature=_specs(tf, source, batch),
     )
     concrete = module.run.get_concrete_function()
-    tf.saved_model.save(module, str(place), signatures={"serving_default": concrete})
+    tf.saved_model.save(
+        module,
+        str(place),
+        signatures={"serving_default": concrete},
+    )
 
 
-def _by_name(source: Source, convert: Callable[..., Any]) -> Callable[..., Any]:
+def _by_name(
+    source: Source,
+    convert: Callable[..., Any],
+) -> Callable[..., Any]:
     names = [word(tensor.name) for tensor in source.outputs]
 
     def run(*inputs: Any) -> dict[str, Any]:
-        return dict(zip(names, convert(*inputs), strict=True))
+        return dict(
+            zip(
+                names,
+                convert(*inputs),
+                strict=True,
+            )
+        )
 
     return run
 
 
-def _specs(tf: Any, source: Source, batch: int | None) -> list[Any]:
+def _specs(
+    tf: Any,
+    source: Source,
+    batch: int | None,
+) -> list[Any]:
     return [
         tf.TensorSpec(
             (batch, *tensor.shape[1:]),
