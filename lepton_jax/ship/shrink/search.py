@@ -439,8 +439,6 @@ class Probe:
         self,
         forms: dict[str, Any],
     ) -> None:
-        params = self._state.params
-
         def rounded(
             path: Any,
             value: jax.Array,
@@ -452,8 +450,15 @@ class Probe:
             plain_value = form.unpack(form.pack(value))
             return jax.device_put(plain_value, value.sharding)
 
-        params = jax.tree_util.tree_map_with_path(rounded, params)
-        self._trainer.state = replace(self._state, params=params)
+        parts = (self._state.params, self._state.variables)
+        params, variables = (
+            jax.tree_util.tree_map_with_path(rounded, part) for part in parts
+        )
+        self._trainer.state = replace(
+            self._state,
+            params=params,
+            variables=variables,
+        )
 
 
 def _cheapest(kept: list[tuple[Candidate, Any]]) -> tuple[Candidate, Any]:
