@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax import export
 
-from lepton_jax.errors import ModelError
+from lepton_jax.errors import DataError, ModelError
 from lepton_jax.ship.artifact import columns, measuring, tracing
 from lepton_jax.ship.artifact.manifest import Manifest, made_now
 from lepton_jax.ship.artifact.signature import ANY
@@ -75,6 +75,7 @@ def parts_of(
     held_out = stored.held_out
     metrics, fault = measuring.exported_metrics(trainer, model, held_out)
     serving = trainer.preparation
+    training, unwatched = _training(trainer)
     manifest = Manifest(
         name=name or trainer.recipe.name,
         version=version,
@@ -94,6 +95,7 @@ def parts_of(
             *model.left_out,
             *programs.notes,
             *filter(None, [fault]),
+            *unwatched,
             *_notes(trainer, stored, rows),
         ),
     )
@@ -106,7 +108,7 @@ def parts_of(
         serving,
         profile,
         stored,
-        _training(trainer),
+        training,
     )
 
 
@@ -125,14 +127,20 @@ def deserialized(content: bytes) -> export.Exported:
 # ---- internals ----
 
 
-def _training(trainer: Any) -> str | None:
+def _training(trainer: Any) -> tuple[str | None, list[str]]:
+    """Return what the rows of training looked like, or a note why it is not known."""
     if find_spec("polars") is None:
-        return None
+        return None, ["drift can't be watched: polars is not installed"]
     # only here: a model of arrays alone does not need the library for tables
     from lepton_jax.ship.watch.reference import training_rows
 
-    known = training_rows(trainer)
-    return None if known is None else known.to_json()
+    try:
+        known = training_rows(trainer)
+    except DataError as error:
+        return None, [f"drift can't be watched: {error.what}"]
+    if known is None:
+        return None, ["drift can't be watched: the rows of training are not at hand"]
+    return known.to_json(), []
 
 
 def _bytes(program: export.Exported) -> bytes:
