@@ -217,7 +217,7 @@ def _round(
     figures = {"bare_ms": MILLI * function.seconds(1, options.seconds / 4)}
     for kind, contender in contenders.items():
         with servers[contender.server].awake() as port:
-            one = _ask(port, contender, ONE, options.seconds / 4)
+            one = _ask(port, contender, ONE, options.seconds / 2)
         figures[f"{kind}_ms"] = MILLI * one["seconds"]
         figures[f"{kind}_rest_ms"] = MILLI * one["rest"]
     best = function.best

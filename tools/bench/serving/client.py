@@ -5,9 +5,9 @@
 It is given {"port", "path", "headers", "body" (a file), "connections", "seconds"}, and
 prints {"seconds": median from request to answer, "rest": median of that without the
 model's time, as Server-Timing tells it, "rate": answers a second after the first
-quarter of the time, "statuses": {status: count}}. It does
-as little as it can for a response, for it shares the machine with the server: it reads
-the head once, and then counts bytes.
+quarter of the time, "statuses": {status: count}}. It does as little as it can for a
+response, for it shares the machine with the server: it reads the head once, and then
+counts bytes.
 """
 
 from __future__ import annotations
