@@ -37,6 +37,7 @@ def load(
     folder: Path | None,
     recipe: str,
     prepared: Path | None = None,
+    columns: Any = "image",
 ) -> Digits:
     """Return the digits.
 
@@ -45,9 +46,10 @@ def load(
         scikit-learn's digits, enlarged; a stratified fifth is for testing.
       recipe: the file that asks, for messages.
       prepared: folder for what is prepared; None: it is removed at the end.
+      columns: of "image" and "label", those that are the inputs; or a dict of them.
     """
     if folder is not None:
-        return _prepared(folder, prepared)
+        return _prepared(folder, prepared, columns)
 
     try:
         from sklearn.datasets import load_digits
@@ -74,6 +76,7 @@ def load(
 def _prepared(
     folder: Path,
     out: Path | None,
+    columns: Any,
 ) -> Digits:
     """Read and prepare idx files; those whose names begin with t10k are for testing."""
     # only here: the embedded digits need no library that reads files
@@ -98,7 +101,7 @@ def _prepared(
     )
     serving = _tables.prepared(
         preparation,
-        "image",
+        columns,
         out,
         {},
     )

@@ -6,8 +6,11 @@ This is not a recipe itself: a name that begins with an underscore says so.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 import lepton_jax as lepton
 from lepton_jax.errors import RecipeError
@@ -20,11 +23,12 @@ class Pictures(NamedTuple):
     """Pictures to learn from.
 
     Attributes:
-      train: uint8 (n, height, width) or (n, height, width, channels). The targets are
-        their classes, which are not used.
+      train: the inputs are uint8 (n, height, width) or (n, height, width, channels), or
+        a dict of these "images" and their "classes". The targets are the classes.
       test: likewise.
       size: (height, width, channels).
       brightest: the greatest level of a pixel.
+      shares: share of the training pictures that each class has.
       serving: the way from raw rows to these; None for the embedded pictures.
     """
 
@@ -32,6 +36,7 @@ class Pictures(NamedTuple):
     test: Any
     size: tuple[int, int, int]
     brightest: float
+    shares: tuple[float, ...]
     serving: Any = None
 
 
@@ -40,6 +45,7 @@ def load(
     size: int,
     recipe: str,
     prepared: Path | None = None,
+    with_classes: bool = False,
 ) -> Pictures:
     """Return pictures.
 
@@ -50,16 +56,17 @@ def load(
       size: height and width that images get; idx files keep their own.
       recipe: the file that asks, for messages.
       prepared: folder for what is prepared; None: it is removed at the end.
+      with_classes: let the inputs be a dict of "images" and "classes".
 
     Raises:
       RecipeError: the height or width can't be halved twice.
     """
     if data is None:
-        return _embedded(recipe)
+        return _embedded(recipe, with_classes)
     if data.is_dir() and any("idx" in file.name for file in data.iterdir()):
-        pictures = _from_idx(data, recipe, prepared)
+        pictures = _from_idx(data, recipe, prepared, with_classes)
     else:
-        pictures = _from_images(data, size, prepared)
+        pictures = _from_images(data, size, prepared, with_classes)
     height, width, _ = pictures.size
     if height % 4 or width % 4:
         raise RecipeError(
@@ -74,15 +81,18 @@ def between_one(x: Any, brightest: float) -> Any:
     """Return pictures as float32 (batch, height, width, channels) from -1 to 1.
 
     Args:
-      x: levels from 0 to `brightest`, (batch, height, width) or with channels.
+      x: levels from 0 to `brightest`, (batch, height, width) or with channels; or a
+        dict of such "images" and of "classes", which stay.
       brightest: the greatest level.
     """
+    if isinstance(x, Mapping):
+        return {**x, "images": between_one(x["images"], brightest)}
     if x.ndim == 3:
         x = x[..., None]
     return x.astype("float32") * (2 / brightest) - 1
 
 
-def _embedded(recipe: str) -> Pictures:
+def _embedded(recipe: str, with_classes: bool) -> Pictures:
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -101,28 +111,46 @@ def _embedded(recipe: str) -> Pictures:
         images, labels, test_size=TEST_SHARE, stratify=labels, random_state=0
     )
     return Pictures(
-        lepton.data.Arrays(x, y),
-        lepton.data.Arrays(x_test, y_test),
+        lepton.data.Arrays(_inputs(x, y, with_classes), y),
+        lepton.data.Arrays(_inputs(x_test, y_test, with_classes), y_test),
         (8, 8, 1),
         GRAY_LEVELS,
+        _shares(y),
     )
 
 
-def _from_idx(data: Path, recipe: str, prepared: Path | None) -> Pictures:
+def _inputs(images: Any, classes: Any, with_classes: bool) -> Any:
+    return {"images": images, "classes": classes} if with_classes else images
+
+
+def _from_idx(
+    data: Path,
+    recipe: str,
+    prepared: Path | None,
+    with_classes: bool,
+) -> Pictures:
     from recipes import _digits
 
-    digits = _digits.load(data, recipe, prepared)
-    height, width = digits.train.inputs.shape[1:3]
+    columns = _inputs("image", "label", with_classes)
+    digits = _digits.load(data, recipe, prepared, columns)
+    images = digits.train.inputs["images"] if with_classes else digits.train.inputs
+    height, width = images.shape[1:3]
     return Pictures(
         digits.train,
         digits.test,
         (height, width, 1),
         255,
+        _shares(digits.train.targets),
         digits.serving,
     )
 
 
-def _from_images(data: Path, size: int, prepared: Path | None) -> Pictures:
+def _from_images(
+    data: Path,
+    size: int,
+    prepared: Path | None,
+    with_classes: bool,
+) -> Pictures:
     # only here: the embedded pictures need no library that reads files
     from lepton_jax.data import prepare
     from lepton_jax.data.readers import reader_of
@@ -139,12 +167,20 @@ def _from_images(data: Path, size: int, prepared: Path | None) -> Pictures:
         inputs=["bytes"],
         target="label",
     )
-    serving = _tables.prepared(preparation, "bytes", prepared, {})
+    columns = _inputs("bytes", "label", with_classes)
+    serving = _tables.prepared(preparation, columns, prepared, {})
     print(_tables.twice({"images": source}, but=["path"]), file=sys.stderr)
+    train = serving.split("train")
     return Pictures(
-        serving.split("train"),
+        train,
         serving.split("test"),
         (size, size, 3),
         255,
+        _shares(train.targets),
         serving,
     )
+
+
+def _shares(classes: Any) -> tuple[float, ...]:
+    """Return the share of each class, (classes,), of classes (n,) from 0."""
+    return tuple((np.bincount(classes) / len(classes)).tolist())

@@ -18,10 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from recipes import _pictures
 
-# Adam's decays; Radford et al. 2016, "Unsupervised representation learning with deep
-# convolutional generative adversarial networks", section 4, for the first
-FIRST_DECAY = 0.5
-SECOND_DECAY = 0.99
+SECOND_DECAY = 0.99  # of Adam; Huang et al. 2024, "The GAN is dead", appendix
 
 
 def recipe(
@@ -30,8 +27,10 @@ def recipe(
     prepared: Path | None = None,
     latent: int = 64,
     width: int = 32,
-    learning_rate: float = 5e-4,
+    penalty: float = 1.0,
+    learning_rate: float = 1e-3,
     judge_rate: float = 1.0,
+    first_decay: float = 0.5,
     batch_size: int = 64,
     epochs: float = 60,
     steps: int | None = None,
@@ -51,8 +50,10 @@ def recipe(
         left out, they are removed at the end.
       latent: length of the noise that a picture is made from.
       width: channels of the layers nearest to the pictures, of both players.
-      learning_rate: of Adam, for the generator.
+      penalty: weight of the discriminator's squared slopes.
+      learning_rate: of Adam, for the generator; it falls to zero in the second half.
       judge_rate: the discriminator's rate as a multiple of it.
+      first_decay: of Adam's mean of the gradients.
       batch_size: pictures per step, over all devices.
       epochs: passes over the training pictures.
       steps: length of the run in steps, instead of epochs.
@@ -61,21 +62,34 @@ def recipe(
       save_every: steps between checkpoints; each evaluation if left out.
       seed: of the initial parameters, the noise and the order of the pictures.
     """
-    pictures = _pictures.load(data, size, "recipes/gan.py", prepared)
+    pictures = _pictures.load(data, size, "recipes/gan.py", prepared, True)
     total = steps or math.ceil(epochs * len(pictures.train) / batch_size)
+    half = total // 2
+    adam = partial(_adam, first_decay=first_decay)
 
     return lepton.Recipe(
         name="gan",
-        model=partial(lepton.models.GAN, pictures.size, latent=latent, width=width),
-        loss=adversarial_loss,
+        model=partial(
+            lepton.models.GAN,
+            pictures.size,
+            shares=pictures.shares,
+            latent=latent,
+            width=width,
+        ),
+        loss=partial(adversarial_loss, penalty=penalty),
         preprocess=partial(_pictures.between_one, brightest=pictures.brightest),
         optimizer=lepton.optimizers.by_part(
             {
-                "generator/*": _adam,
-                "discriminator/*": partial(_adam, times=judge_rate),
+                "generator/*": adam,
+                "discriminator/*": partial(adam, times=judge_rate),
             }
         ),
-        learning_rate=learning_rate,
+        learning_rate=optax.linear_schedule(
+            learning_rate,
+            0.0,
+            total - half,
+            transition_begin=half,
+        ),
         controller=lepton.controllers.averaging(average),
         train=pictures.train,
         test=pictures.test,
@@ -90,7 +104,9 @@ def recipe(
 
 def _adam(
     learning_rate: Any,
+    first_decay: float,
     times: float = 1.0,
 ) -> optax.GradientTransformation:
     """Return Adam for one of the players."""
-    return optax.adam(times * learning_rate, b1=FIRST_DECAY, b2=SECOND_DECAY)
+    adam = optax.adam(learning_rate, b1=first_decay, b2=SECOND_DECAY)
+    return optax.chain(adam, optax.scale(times))

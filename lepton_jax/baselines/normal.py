@@ -25,6 +25,7 @@ def normal_direction(
     test: Samples,
     *,
     preprocess: Callable[[Any], Any],
+    pictures: str | None = None,
     metric: str = "error",
 ) -> Baseline:
     """Return the error of the best linear guess of the way from a picture to noise.
@@ -39,22 +40,23 @@ def normal_direction(
       test: pictures to guess for, each with one time and noise of its own, drawn as
         `models.Diffusion` draws them.
       preprocess: of the recipe.
+      pictures: which of the inputs they are; None: all.
       metric: name of the metric that is the mean squared error.
 
     Raises:
       NotHere: the pictures have more pixels than MOST_PIXELS.
     """
-    rows = _pixels(train, preprocess)
+    rows = _pixels(train, preprocess, pictures)
     mean, values, vectors = _spectrum(rows)
     generator = np.random.default_rng(SEED)
-    pictures = (_pixels(test, preprocess) - mean) @ vectors
-    time = 1 / (1 + np.exp(-generator.normal(size=(len(pictures), 1))))
-    noise = generator.normal(size=pictures.shape)
+    away = (_pixels(test, preprocess, pictures) - mean) @ vectors
+    time = 1 / (1 + np.exp(-generator.normal(size=(len(away), 1))))
+    noise = generator.normal(size=away.shape)
 
     # in the basis of the covariances' eigenvectors, in which noise is noise still
-    mixed = (1 - time) * pictures + time * noise
+    mixed = (1 - time) * away + time * noise
     gain = (time - (1 - time) * values) / ((1 - time) ** 2 * values + time**2)
-    error = np.square(gain * mixed - (noise - pictures)).mean(axis=1)
+    error = np.square(gain * mixed - (noise - away)).mean(axis=1)
     return Baseline(
         "a normal distribution",
         f"means and covariances of the pixels of {len(rows):,} training pictures",
@@ -105,9 +107,14 @@ def principal_components(
     )
 
 
-def _pixels(samples: Samples, preprocess: Callable[[Any], Any]) -> np.ndarray:
+def _pixels(
+    samples: Samples,
+    preprocess: Callable[[Any], Any],
+    pictures: str | None = None,
+) -> np.ndarray:
     """Return pictures as float64 (pictures, pixels)."""
-    some = np.asarray(samples.inputs)[:MOST_ROWS]
+    inputs = samples.inputs if pictures is None else samples.inputs[pictures]
+    some = np.asarray(inputs)[:MOST_ROWS]
     pixels = np.asarray(preprocess(some), np.float64)
     pixels = pixels.reshape(len(pixels), -1)
     if pixels.shape[1] > MOST_PIXELS:

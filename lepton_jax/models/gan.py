@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -9,10 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 SLOPE = 0.2  # of the leaky rectifier; Radford et al. 2016, section 3
+PENALTY = 1.0  # of the slopes; Huang et al. 2024, table 7, for stacked MNIST
 
 
 class Generator(nnx.Module):
-    """Noise to images, twice enlarged by a factor of two.
+    """Noise and classes to images, twice enlarged by a factor of two.
 
     An image grows by a convolution with four times the channels, whose channels then
     become 2x2 pixels (Shi et al. 2016, "Real-time single image and video
@@ -20,8 +22,9 @@ class Generator(nnx.Module):
 
     Args:
       size: (height, width, channels) of the images; height and width divide by 4.
+      classes: number of classes.
       latent: length of the noise.
-      width: channels of the last hidden layer; the one before has twice as many.
+      width: channels at half of the resolution; at a quarter there are twice as many.
       rngs: stream `params`.
 
     Raises:
@@ -32,39 +35,58 @@ class Generator(nnx.Module):
         self,
         size: Sequence[int] = (28, 28, 1),
         *,
+        classes: int = 1,
         latent: int = 64,
         width: int = 32,
         rngs: nnx.Rngs,
     ):
         height, length, channels = _checked(size)
+        deep = 2 * width
+        self.classes = classes
         self.latent = latent
-        self.start = (height // 4, length // 4, 2 * width)
+        self.start = (height // 4, length // 4, deep)
         self.input = nnx.Linear(
-            latent,
-            height // 4 * (length // 4) * 2 * width,
+            latent + classes,
+            math.prod(self.start),
             rngs=rngs,
         )
         self.norms = nnx.List(
-            [nnx.GroupNorm(n, num_groups=8, rngs=rngs) for n in (2 * width, width)]
+            [
+                nnx.GroupNorm(n, num_groups=8, rngs=rngs)
+                for n in (deep, deep, width, width)
+            ]
         )
-        self.middle = nnx.Conv(2 * width, 4 * width, (3, 3), rngs=rngs)
+        self.low = nnx.Conv(deep, deep, (3, 3), rngs=rngs)
+        self.middle = nnx.Conv(deep, 4 * width, (3, 3), rngs=rngs)
+        self.high = nnx.Conv(width, width, (3, 3), rngs=rngs)
         self.output = nnx.Conv(width, 4 * channels, (3, 3), rngs=rngs)
 
-    def __call__(self, noise: jax.Array) -> jax.Array:
-        """Map noise (batch, latent) to images (batch, h, w, channels) in -1 to 1."""
-        x = self.input(noise).reshape(-1, *self.start)
-        x = nnx.relu(self.norms[0](x))
-        x = enlarged(self.middle(x))
-        x = nnx.relu(self.norms[1](x))
-        return jnp.tanh(enlarged(self.output(x)))
+    def __call__(self, noise: jax.Array, classes: jax.Array) -> jax.Array:
+        """Map noise (batch, latent) and classes (batch,) to images in -1 to 1.
+
+        Returns:
+          Images (batch, height, width, channels).
+        """
+        wanted = jax.nn.one_hot(classes, self.classes, dtype=noise.dtype)
+        x = self.input(jnp.concatenate([noise, wanted], axis=-1))
+        x = x.reshape(-1, *self.start)
+        x = x + self.low(nnx.relu(self.norms[0](x)))
+        x = enlarged(self.middle(nnx.relu(self.norms[1](x))))
+        x = x + self.high(nnx.relu(self.norms[2](x)))
+        x = self.output(nnx.relu(self.norms[3](x)))
+        return jnp.tanh(enlarged(x))
 
 
 class Discriminator(nnx.Module):
-    """Images to logits: above 0 for one that looks real.
+    """Images and classes to logits: above 0 for one that looks real.
+
+    Each class has a last layer of its own, on features that all share (Miyato and
+    Koyama 2018, "cGANs with projection discriminator").
 
     Args:
       size: (height, width, channels) of the images; height and width divide by 4.
-      width: channels of the first layer; the second has twice as many.
+      classes: number of classes.
+      width: channels at half of the resolution; at a quarter there are twice as many.
       rngs: stream `params`.
 
     Raises:
@@ -75,37 +97,52 @@ class Discriminator(nnx.Module):
         self,
         size: Sequence[int] = (28, 28, 1),
         *,
+        classes: int = 1,
         width: int = 32,
         rngs: nnx.Rngs,
     ):
         height, length, channels = _checked(size)
+        deep = 2 * width
+        self.classes = classes
         self.first = nnx.Conv(4 * channels, width, (3, 3), rngs=rngs)
-        self.second = nnx.Conv(4 * width, 2 * width, (3, 3), rngs=rngs)
+        self.second = nnx.Conv(4 * width, deep, (3, 3), rngs=rngs)
+        self.third = nnx.Conv(deep, deep, (3, 3), rngs=rngs)
         self.output = nnx.Linear(
-            height // 4 * (length // 4) * 2 * width,
-            1,
+            height // 4 * (length // 4) * deep,
+            classes,
             rngs=rngs,
         )
 
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Map images (batch, height, width, channels) to logits (batch,)."""
+    def __call__(self, images: jax.Array, classes: jax.Array) -> jax.Array:
+        """Map images (batch, height, width, channels) to logits (batch,).
+
+        Args:
+          images: in -1 to 1.
+          classes: (batch,), from 0.
+        """
         x = nnx.leaky_relu(self.first(folded(images)), SLOPE)
         x = nnx.leaky_relu(self.second(folded(x)), SLOPE)
-        return self.output(x.reshape(x.shape[0], -1))[:, 0]
+        x = x + nnx.leaky_relu(self.third(x), SLOPE)
+        logits = self.output(x.reshape(x.shape[0], -1))
+        asked = jax.nn.one_hot(classes, self.classes, dtype=logits.dtype)
+        return (logits * asked).sum(-1)
 
 
 class GAN(nnx.Module):
     """Two players in one module, which one gradient trains (Goodfellow et al. 2014).
 
-    The outputs are three logits of the discriminator, and a loss takes the sum of what
-    both players want. No gradient goes where it must not: `fake` does not reach the
-    generator, and `fooled` does not reach the parameters of the discriminator. So each
-    player gets the gradient of its own loss, and each can have its own optimizer.
+    The outputs are three logits of the discriminator and a penalty, and a loss takes
+    the sum of what both players want. No gradient goes where it must not: `fake` does
+    not reach the generator, and `fooled` does not reach the parameters of the
+    discriminator. So each player gets the gradient of its own loss, and each can have
+    its own optimizer.
 
     Args:
       size: (height, width, channels) of the images; height and width divide by 4.
+      shares: share of the images that each class has; one class if left out.
       latent: length of the noise.
-      width: channels of the layers nearest to the images.
+      width: channels of both players at half of the resolution; at a quarter there are
+        twice as many.
       rngs: streams `params` and `noise`.
 
     Raises:
@@ -116,57 +153,115 @@ class GAN(nnx.Module):
         self,
         size: Sequence[int] = (28, 28, 1),
         *,
+        shares: Sequence[float] = (1.0,),
         latent: int = 64,
         width: int = 32,
         rngs: nnx.Rngs,
     ):
+        self.shares = tuple(shares)
         self.generator = Generator(
             size,
+            classes=len(shares),
             latent=latent,
             width=width,
             rngs=rngs,
         )
-        self.discriminator = Discriminator(size, width=width, rngs=rngs)
+        self.discriminator = Discriminator(
+            size,
+            classes=len(shares),
+            width=width,
+            rngs=rngs,
+        )
         self.rngs = rngs.fork()
 
-    def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
+    def __call__(
+        self,
+        images: jax.Array,
+        classes: jax.Array | None = None,
+    ) -> dict[str, jax.Array]:
         """Let the players meet over images (batch, height, width, channels).
 
+        Args:
+          images: in -1 to 1.
+          classes: (batch,), from 0. The generated images get the same ones.
+
         Returns:
-          Logits (batch,) each: "real" for the images, "fake" for generated ones, and
-          "fooled" for the same as the generator sees them.
+          (batch,) each: the logits "real" for the images, "fake" for generated ones,
+          and "fooled" for the same as the generator sees them; "steepness", the sum of
+          the squared slopes of the first two over the pixels.
         """
-        shape = (images.shape[0], self.generator.latent)
+        count = images.shape[0]
+        if classes is None:
+            classes = jnp.zeros(count, jnp.int32)
+        shape = (count, self.generator.latent)
         noise = jax.random.normal(self.rngs.noise(), shape, images.dtype)
-        made = self.generator(noise)
+        made = self.generator(noise, classes)
 
         graph, parameters = nnx.split(self.discriminator)
         judge = nnx.merge(graph, jax.lax.stop_gradient(parameters))
+        real, steep = self._judged(images, classes)
+        fake, steep_too = self._judged(jax.lax.stop_gradient(made), classes)
         return {
-            "real": self.discriminator(images),
-            "fake": self.discriminator(jax.lax.stop_gradient(made)),
-            "fooled": judge(made),
+            "real": real,
+            "fake": fake,
+            "fooled": judge(made, classes),
+            "steepness": steep + steep_too,
         }
+
+    def _judged(
+        self,
+        images: jax.Array,
+        classes: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return logits, and their squared slopes summed over the pixels."""
+
+        def total(images: jax.Array) -> tuple[jax.Array, jax.Array]:
+            logits = self.discriminator(images, classes)
+            return logits.sum(), logits
+
+        slopes, logits = jax.grad(total, has_aux=True)(images)
+        return logits, (slopes**2).sum(range(1, slopes.ndim))
 
     def samples(self, key: jax.Array, count: int) -> jax.Array:
         """Return images (count, height, width, channels), from 0 to 1."""
-        noise = jax.random.normal(key, (count, self.generator.latent))
-        return (self.generator(noise) + 1) / 2
+        keys = jax.random.split(key)
+        classes = drawn_classes(keys[0], self.shares, count)
+        noise = jax.random.normal(keys[1], (count, self.generator.latent))
+        return (self.generator(noise, classes) + 1) / 2
 
 
-def adversarial_loss(outputs: dict[str, jax.Array], targets: object) -> jax.Array:
+def adversarial_loss(
+    outputs: dict[str, jax.Array],
+    targets: object,
+    penalty: float = PENALTY,
+) -> jax.Array:
     """Return the sum of both players' losses, (batch,).
 
-    The generator's is the one that does not saturate (Goodfellow et al. 2014, section
-    3): -log D(G(z)).
+    Each wants a generated image to look more real, or less, than the real one of the
+    pair; the discriminator also has a zero-centered penalty of its slopes on both
+    (Huang et al. 2024, "The GAN is dead; long live the GAN!", equations 2 and 4):
+
+        log(1 + exp(D(G(z)) - D(x))) + p / 2 (|D'(x)|^2 + |D'(G(z))|^2)
+        log(1 + exp(D(x) - D(G(z))))
 
     Args:
       outputs: of a `GAN`.
       targets: not used.
+      penalty: the p of above.
     """
     del targets
-    judged = nnx.softplus(-outputs["real"]) + nnx.softplus(outputs["fake"])
-    return judged + nnx.softplus(-outputs["fooled"])
+    judged = nnx.softplus(outputs["fake"] - outputs["real"])
+    made = nnx.softplus(jax.lax.stop_gradient(outputs["real"]) - outputs["fooled"])
+    return judged + penalty / 2 * outputs["steepness"] + made
+
+
+def drawn_classes(
+    key: jax.Array,
+    shares: Sequence[float],
+    count: int,
+) -> jax.Array:
+    """Draw classes (count,), each as often as its share says."""
+    return jax.random.categorical(key, jnp.log(jnp.asarray(shares)), shape=(count,))
 
 
 def enlarged(x: jax.Array) -> jax.Array:

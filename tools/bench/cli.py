@@ -33,6 +33,8 @@ from tools.bench import (
     prepare,
     regret,
     restart,
+    serve,
+    shrink,
     step,
     step_time,
 )
@@ -56,7 +58,9 @@ COMMANDS = (
     defaults,
     embeddings,
     generation,
+    shrink,
     peers,
+    serve,
 )
 # Variables that change the figures, and so are part of a command that is recorded.
 ENVIRONMENT = (

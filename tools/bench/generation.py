@@ -5,7 +5,8 @@ method `samples`, trained on the idx files of FOLDER. A small CNN learns the cla
 from the training file first. In its last features, 64 numbers a picture, the Fréchet
 distance is computed (Heusel et al. 2017, "GANs trained by a two time-scale update
 rule", section 3): between the two halves of the test file, which is the floor, and
-between as many generated pictures and a half. Then
+between as many generated pictures and a half. As many training pictures and a half show
+what a generator can reach that learned the training file perfectly. Then
 
 - how many of the generated pictures the CNN takes for each class, and chi-square of
   these counts against those of the test file;
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     made = generated(options.folder, options.data, half)
     results = {
         "pictures": half,
-        **_distances(judge, made, test),
+        **_distances(judge, made, train, test),
         **_classes(judge, made, test),
         **_nearest(made, train, test),
     }
@@ -168,24 +169,35 @@ class _Same(nnx.Module):
         return x
 
 
-def _distances(judge: Any, made: np.ndarray, test: Any) -> dict[str, float]:
-    real = judge(_levels(test))[0]
-    features = judge(made)[0]
+def _distances(
+    judge: Any,
+    made: np.ndarray,
+    train: Any,
+    test: Any,
+) -> dict[str, float]:
+    """Return the mean distances to halves of the test file, over SPLITS of them."""
+    count = len(made)
     generator = np.random.default_rng(SEED)
-    floors = []
-    distances = []
+    chosen = np.random.default_rng(SEED).choice(len(train), count, replace=False)
+    features = {
+        "training": judge(_levels(train)[chosen])[0],
+        "generated": judge(made)[0],
+    }
+    real = judge(_levels(test))[0]
+    distances: dict[str, list[float]] = {"real_halves": []}
+    distances |= {name: [] for name in features}
     for _ in range(SPLITS):
         order = generator.permutation(len(real))
-        one = real[order[: len(made)]]
-        other = real[order[len(made) :]]
-        floors.append(frechet_distance(one, other))
-        distances.append(frechet_distance(features, one))
-    floor = float(np.mean(floors))
-    distance = float(np.mean(distances))
-    return {
-        "distance_of_real_halves": floor,
-        "distance_of_generated": distance,
-        "times_the_floor": distance / floor,
+        half = real[order[:count]]
+        other = real[order[count:]]
+        distances["real_halves"].append(frechet_distance(half, other))
+        for name, looked in features.items():
+            distances[name].append(frechet_distance(looked, half))
+
+    means = {name: float(np.mean(found)) for name, found in distances.items()}
+    floor = means["real_halves"]
+    return {f"distance_of_{name}": mean for name, mean in means.items()} | {
+        f"times_the_floor_{name}": means[name] / floor for name in features
     }
 
 

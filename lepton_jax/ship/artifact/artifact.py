@@ -41,6 +41,7 @@ MEASURE = "measure.stablehlo"
 WEIGHTS = "weights.safetensors"
 SERVING = "serving"
 STORED = "stored"
+TRAINING = "training.json"
 ROWS = 200  # stored rows; the count that the parity of an export is judged on
 ROWS_SHOWN = 5  # rows that a message names
 
@@ -59,6 +60,8 @@ class Artifact:
         arrays alone.
       profile: distributions of the training rows after the steps; None: there is none.
       stored: rows with the trainer's outputs on them.
+      training: what the rows of training looked like as they were read, for a server's
+        drift gauges: the JSON of a `ship.watch.reference.Reference`; None: not known.
       folder: where it was opened; None: it was made here.
     """
 
@@ -72,6 +75,7 @@ class Artifact:
         self.serving = parts.serving
         self.profile = parts.profile
         self.stored = parts.stored
+        self.training = parts.training
         self.folder = folder
         self._programs = parts.programs
         self._opened: dict[int, Any] = {}
@@ -161,6 +165,8 @@ class Artifact:
             if self.serving is not None:
                 self.serving.save(folder / SERVING)
             self.stored.save(folder / STORED)
+            if self.training is not None:
+                (folder / TRAINING).write_text(self.training, encoding="utf-8")
             manifest = replace(
                 self.manifest,
                 files=files.checksums(folder),
@@ -520,6 +526,8 @@ def _read_parts(
         measure = (folder / MEASURE).read_bytes() if has_metrics else b""
         weights = read_tensors(folder / WEIGHTS)
         stored = Stored.load(folder / STORED)
+        known = folder / TRAINING
+        training = known.read_text(encoding="utf-8") if known.is_file() else None
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"the artifact can't be read: {error}",
@@ -535,6 +543,7 @@ def _read_parts(
         serving,
         profile,
         stored,
+        training,
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax import export
 
-from lepton_jax.errors import ModelError
+from lepton_jax.errors import DataError, ModelError
 from lepton_jax.ship.artifact import columns, measuring, tracing
 from lepton_jax.ship.artifact.manifest import Manifest, made_now
 from lepton_jax.ship.artifact.signature import ANY
@@ -31,6 +32,7 @@ class Parts(NamedTuple):
       serving: the way from raw rows to inputs; None: there is none.
       profile: of the training rows after the steps; None: there is none.
       stored: rows with the trainer's outputs.
+      training: what the rows of training looked like, as JSON; None: not known.
     """
 
     manifest: Manifest
@@ -40,6 +42,7 @@ class Parts(NamedTuple):
     serving: Any
     profile: Any
     stored: Stored
+    training: str | None = None
 
 
 def parts_of(
@@ -72,6 +75,7 @@ def parts_of(
     held_out = stored.held_out
     metrics, fault = measuring.exported_metrics(trainer, model, held_out)
     serving = trainer.preparation
+    training, unwatched = _training(trainer)
     manifest = Manifest(
         name=name or trainer.recipe.name,
         version=version,
@@ -91,6 +95,7 @@ def parts_of(
             *model.left_out,
             *programs.notes,
             *filter(None, [fault]),
+            *unwatched,
             *_notes(trainer, stored, rows),
         ),
     )
@@ -103,6 +108,7 @@ def parts_of(
         serving,
         profile,
         stored,
+        training,
     )
 
 
@@ -119,6 +125,22 @@ def deserialized(content: bytes) -> export.Exported:
 
 
 # ---- internals ----
+
+
+def _training(trainer: Any) -> tuple[str | None, list[str]]:
+    """Return what the rows of training looked like, or a note why it is not known."""
+    if find_spec("polars") is None:
+        return None, ["drift can't be watched: polars is not installed"]
+    # only here: a model of arrays alone does not need the library for tables
+    from lepton_jax.ship.watch.reference import training_rows
+
+    try:
+        known = training_rows(trainer)
+    except DataError as error:
+        return None, [f"drift can't be watched: {error.what}"]
+    if known is None:
+        return None, ["drift can't be watched: the rows of training are not at hand"]
+    return known.to_json(), []
 
 
 def _bytes(program: export.Exported) -> bytes:
