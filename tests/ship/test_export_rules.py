@@ -83,3 +83,13 @@ def test_a_product_for_each_row_is_a_sum_of_products(spec, left, right):
 
     expected, found = both(run, *arrays, by=rules.FOR_IREE)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lt", "le", "gt", "ge"])
+@pytest.mark.parametrize("kind", ["uint16", "uint32", "int32", "float32"])
+def test_a_comparison_is_the_same_for_every_type(name, kind):
+    draw = np.random.default_rng(0)
+    left, right = (jnp.asarray(draw.integers(0, 3, (5, 4)).astype(kind)) for _ in "ab")
+    compare = getattr(jax.lax, name)
+    expected, found = both(compare, left, right, by=rules.FOR_LITERT)
+    np.testing.assert_array_equal(found, expected)
