@@ -110,8 +110,8 @@ def select(
 def comparison(name: str) -> Rule:
     """Return the rule that compares unsigned integers as signed ones.
 
-    TensorFlow Lite 2.21 compares no unsigned integers of 16 or 32 bits. Those of a model
-    are numbers of rows in a table, far below 2^31.
+    TensorFlow Lite 2.21 compares no unsigned integers of 16 or 32 bits. Those of a
+    model are numbers of rows in a table, far below 2^31.
 
     Args:
       name: of the operation: "lt", "le", "gt" or "ge".
