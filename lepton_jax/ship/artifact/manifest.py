@@ -87,7 +87,7 @@ class Manifest:
         return (
             f"made with jax {made_with} on {self.made['when'][:10]}; it opens with"
             f" that version at any time, and with later ones until"
-            f" {self.expires.isoformat()} at least. For an older one, or after that day,"
+            f" {self.expires.isoformat()} at least. With an older one, or later,"
             " export it again from the checkpoint and the recipe: lepton export RUN"
         )
 
