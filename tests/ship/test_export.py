@@ -19,7 +19,15 @@ import lepton_jax as lepton
 from lepton_jax.cli import export as command
 from lepton_jax.errors import CheckpointError, ModelError, SettingError
 from lepton_jax.ship import export
-from lepton_jax.ship.export import Options, inlined, lowering, parity, probing, replay
+from lepton_jax.ship.export import (
+    Options,
+    inlined,
+    lowering,
+    onnx,
+    parity,
+    probing,
+    replay,
+)
 from tests.ship import artifacts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -223,6 +231,18 @@ def test_what_no_output_depends_on_is_not_exported():
     names = {eqn.primitive.name for eqn, _ in inlined.equations(program)}
     assert "dot_general" in names
     assert not any(name.startswith("random") for name in names)
+
+
+def test_outputs_that_are_the_predictions_are_one_value_with_one_name():
+    recipe = artifacts.numbers().recipe
+    recipe = recipe.with_(decode=lambda outputs: outputs)
+    trainer = lepton.Trainer(recipe, devices=1)
+    trainer.fit(steps=1)
+    source = export.live_source(lepton.Artifact.of(trainer, rows=3), trainer)
+    assert [tensor.name for tensor in source.outputs] == ["outputs", "prediction"]
+    kept, aliases = onnx._without_twins(source)
+    assert [tensor.name for tensor in kept.outputs] == ["outputs"]
+    assert aliases == {"outputs": "outputs", "prediction": "outputs"}
 
 
 @needs("onnx")

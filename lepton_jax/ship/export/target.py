@@ -196,6 +196,7 @@ def write_signature(
     folder: Path,
     batch: int | None,
     words: bool = True,
+    aliases: Mapping[str, str] | None = None,
     **more: Any,
 ) -> None:
     """Write the names, dtypes and shapes of a model's arrays.
@@ -206,9 +207,10 @@ def write_signature(
       folder: of the export.
       batch: rows of a batch; None: any.
       words: whether the target has names that are identifiers alone.
+      aliases: by the name of an output, the target's name of it, where that is another.
       **more: further facts.
     """
-    content = {
+    content: dict[str, Any] = {
         "target": target,
         "name": source.name,
         "batch": batch,
@@ -217,6 +219,8 @@ def write_signature(
         "inputs": _entries(source.inputs, batch, words),
         "outputs": _entries(source.outputs, batch, words),
     }
+    for entry in content["outputs"]:
+        entry["as"] = (aliases or {}).get(entry["name"], entry["as"])
     (folder / SIGNATURE).write_text(
         json.dumps(
             content,
