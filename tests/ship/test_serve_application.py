@@ -169,6 +169,34 @@ async def test_a_server_without_models_is_not_ready(client):
     assert (await client("GET", "/v2/health/live"))[0] == 200
 
 
+def test_a_server_that_leaves_before_it_has_loaded_says_503_and_not_404():
+    artifact = standins.linear()
+    usual = artifact.compiled
+
+    def compiled(size):
+        import time
+
+        time.sleep(0.05)
+        return usual(size)
+
+    artifact.compiled = compiled
+
+    async def run():
+        async with served() as client:
+            models = client.application.models
+            loading = asyncio.ensure_future(models.load(artifact))
+            await asyncio.sleep(0.02)
+            client.application.phase = Phase.LEAVING
+            models.stop()
+            await asyncio.wait([loading])
+            assert loading.exception() is not None
+            path = "/v2/models/linear/infer"
+            assert (await client("POST", path, ONE))[0] == 503
+            assert (await client("GET", "/v2/models/linear"))[0] == 503
+
+    asyncio.run(run())
+
+
 @ask(standins.linear)
 async def test_a_server_that_leaves_is_not_ready_but_answers(client):
     client.application.phase = Phase.LEAVING

@@ -244,8 +244,7 @@ class Application:
     async def _asked(self, call: Call) -> Asked:
         """Return a request for inference; its body is read after all is known."""
         name, version = _model_of(call)
-        if self.phase is Phase.LOADING and not self.models.all():
-            raise busy("the models are being loaded")
+        self._check_loaded()
         if not call.has_arrived():
             # a model that is not there is said before megabytes are sent
             self.models.find(name, version)
@@ -258,6 +257,15 @@ class Application:
             call.is_gone,
             call.visit,
         )
+
+    def _check_loaded(self) -> None:
+        """Check that it is known which models there are.
+
+        Raises:
+          Refusal: 503, no artifact has been opened yet.
+        """
+        if self.phase is not Phase.READY and not self.models.all():
+            raise busy(f"the server is {self.phase.value}")
 
     # ---- health and metadata ----
 
@@ -290,11 +298,13 @@ class Application:
 
     async def _model(self, call: Call) -> Answer:
         name, version = _model_of(call)
+        self._check_loaded()
         served = self.models.find(name, version)
         return as_json(served.metadata(self.models.versions(name)))
 
     async def _model_ready(self, call: Call) -> Answer:
         name, version = _model_of(call)
+        self._check_loaded()
         served = self.models.find(name, version)
         if self.phase is Phase.LEAVING:
             raise busy("the server is leaving")

@@ -193,7 +193,9 @@ class Models:
                 self._loader, warm, artifact, self._sizes, self._is_stopped.is_set
             )
         finally:
-            expected.discard(version)
+            # a server that leaves while it loads has not forgotten the model
+            if not self._is_stopped.is_set():
+                expected.discard(version)
             if not expected:
                 del self._expected[name]
 

@@ -33,6 +33,7 @@ class Connection(asyncio.Protocol):
         self._parts = bytearray()
         self._size = 0  # bytes of the response, head included
         self._began = 0.0
+        self._is_over = False
         self._transport: Any = None
 
     def connection_made(self, transport: Any) -> None:
@@ -47,7 +48,7 @@ class Connection(asyncio.Protocol):
             self._take()
 
     def connection_lost(self, error: Exception | None) -> None:
-        if not self._load.is_over:
+        if not self._is_over:
             self._load.statuses["lost"] += 1
             self._load.end()
 
@@ -74,6 +75,7 @@ class Connection(asyncio.Protocol):
         if now < load.until:
             self._send()
         else:
+            self._is_over = True
             load.end()
             self._transport.close()
 
@@ -90,7 +92,6 @@ class Load:
         self.statuses: Counter[str] = Counter()
         self.answer = b""
         self.until = 0.0
-        self.is_over = False
         self._job = job
         self._left = job["connections"]
         self._done: asyncio.Event | None = None
@@ -99,7 +100,6 @@ class Load:
         """Note that a connection has ended."""
         self._left -= 1
         if self._left <= 0 and self._done is not None:
-            self.is_over = True
             self._done.set()
 
     async def run(self) -> dict[str, Any]:
