@@ -52,7 +52,10 @@ def test_a_student_that_answers_as_the_teacher_has_no_loss_but_its_own():
 def test_a_student_learns_from_an_artifact_and_predicts_as_any_model(trained, tmp_path):
     Artifact.of(trained, rows=0).save(tmp_path / "teacher.lepton")
     teacher = Artifact.open(tmp_path / "teacher.lepton")
-    recipe = shrink.distilled(trained.recipe, teacher, weight=1.0)
+    train = trained.recipe.train
+    pair = (train.inputs, train.targets)
+    plain = trained.recipe.with_(train=pair)
+    recipe = shrink.distilled(plain, teacher, weight=1.0)
     asked = recipe.train.targets["teacher"]
     expected = trained.predict(trained.recipe.train.inputs, decode=lambda x: x)
     np.testing.assert_allclose(asked, expected, atol=1e-5)

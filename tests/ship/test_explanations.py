@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lepton_jax as lepton
+from lepton_jax.cli import main
 from lepton_jax.ship import Artifact, explain
 from lepton_jax.ship.explain.occlusion import parts_of
 from tests.ship import artifacts
@@ -163,6 +164,19 @@ def test_more_points_are_taken_where_the_shares_do_not_add_up():
     assert found.steps > 2 and found.gap.max() < 0.1
 
 
+def test_a_linen_module_is_explained_as_well():
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, tokens):
+            x = linen.Embed(30, 4)(tokens).sum(axis=1)
+            return linen.Dense(2)(x)
+
+    tokens = np.random.default_rng(0).integers(0, 30, (8, 5)).astype(np.int32)
+    found = explain.integrated_gradients(trainer_of(Net(), tokens, 2), tokens[:2])
+    # the model is linear in what it looked up, so two points are enough
+    assert found.values["inputs"].shape == (2, 5) and found.gap.max() < 1e-4
+
+
 # ---- occlusion ----
 
 
@@ -293,7 +307,7 @@ def test_a_heat_map_is_red_where_a_pixel_speaks_for_the_output():
 # ---- mistakes ----
 
 
-def test_mistakes_are_errors_with_a_remedy(linear, pictures):
+def test_mistakes_are_errors_with_a_remedy(linear, pictures, tmp_path, capsys):
     rows = rows_of(linear)
     artifact = Artifact.of(linear, rows=4)
     for error, make in (
@@ -311,3 +325,5 @@ def test_mistakes_are_errors_with_a_remedy(linear, pictures):
         with pytest.raises(error) as caught:
             make()
         assert caught.value.remedy
+    assert main(["explain", str(tmp_path)]) == 2
+    assert "remedy" in capsys.readouterr().err

@@ -19,7 +19,7 @@ import lepton_jax as lepton
 from lepton_jax.cli import export as command
 from lepton_jax.errors import CheckpointError, ModelError, SettingError
 from lepton_jax.ship import export
-from lepton_jax.ship.export import Options, parity, probing, replay
+from lepton_jax.ship.export import Options, inlined, lowering, parity, probing, replay
 from tests.ship import artifacts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -201,6 +201,28 @@ def test_a_missing_extra_is_named_before_work_starts(
         export.export(artifact, target, tmp_path / "out")
     assert f"lepton-jax[{export.TARGETS[target].extra}]" in raised.value.remedy
     assert not (tmp_path / "out").exists()
+
+
+class Careful(nnx.Module):
+    """Has a stream of random numbers, and draws none outside of training."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.out = nnx.Linear(12, 3, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x, rngs: nnx.Rngs):
+        return self.out(self.dropout(x))
+
+
+def test_what_no_output_depends_on_is_not_exported():
+    recipe = artifacts.numbers().recipe.with_(model=Careful)
+    trainer = lepton.Trainer(recipe, devices=1)
+    trainer.fit(steps=1)
+    source = export.live_source(lepton.Artifact.of(trainer, rows=3), trainer)
+    program = lowering.traced(source, list(source.shapes(2).values()))
+    names = {eqn.primitive.name for eqn, _ in inlined.equations(program)}
+    assert "dot_general" in names
+    assert not any(name.startswith("random") for name in names)
 
 
 @needs("onnx")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import lepton_jax as lepton
 from lepton_jax.ship import Artifact, shrink
+from lepton_jax.ship.shrink import cutting
 from lepton_jax.ship.shrink.calls import called
 from lepton_jax.ship.shrink.channels import channels_of
 from lepton_jax.ship.shrink.cutting import without, zeroed
@@ -78,7 +79,7 @@ def test_channels_that_a_norm_or_the_heads_of_an_attention_mix_are_not_cut():
     assert [group.name for group in groups] == ["layers/0/up"]
 
 
-@settings(deadline=None, max_examples=4)
+@settings(deadline=None, max_examples=3)
 @given(data=st.data(), name=st.sampled_from(sorted(MODELS)))
 def test_whatever_channels_go_the_rest_computes_as_with_zeros_in_their_place(
     data, name
@@ -177,6 +178,14 @@ def test_a_model_that_knows_its_sizes_is_refused_with_the_groups_named():
     with pytest.raises(lepton.ModelError, match="something else") as caught:
         shrink.cut(trainer, 0.5)
     assert "up" in caught.value.remedy
+
+
+def test_a_group_that_is_slower_when_it_is_cut_is_left_whole(trained, monkeypatch):
+    # in turns: all cut, then each group left whole
+    monkeypatch.setattr(cutting, "latencies_of", lambda models, rows: [1.0, 0.5, 1.4])
+    assert shrink.quicker(trained, 0.5) == ["layers/1"]
+    monkeypatch.setattr(cutting, "latencies_of", lambda models, rows: [1.0, 1.0, 0.95])
+    assert shrink.quicker(trained, 0.5) == ["layers/0", "layers/1"]
 
 
 # ---- zeros while it trains ----

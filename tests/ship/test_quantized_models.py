@@ -61,6 +61,38 @@ def test_a_weight_is_stored_to_half_a_step_of_its_own_tile(bits):
         assert (apart <= largest / steps / 2 * 1.001)[inner].all()
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_no_weight_is_stored_in_more_bytes_than_it_had(bits):
+    for rows in (257, 20_002, 4096, 86):  # a prime, twice a prime, ...
+        for form in (
+            forms.by_outputs((rows, 2), bits, group=32),
+            forms.by_rows((rows, 67), bits, group=32),
+        ):
+            assert form.nbytes < 0.4 * 4 * np.prod(form.shape)
+
+
+def test_constants_of_a_module_are_stored_small_as_well():
+    class Scaled(nnx.Module):
+        def __init__(self, rngs):
+            self.layer = nnx.Linear(32, 32, rngs=rngs)
+            self.table = nnx.Variable(rngs.params.normal((64, 32)))
+
+        def __call__(self, x):
+            return self.layer(x) @ self.table.get_value().T
+
+    module = Scaled(nnx.Rngs(0))
+    kind = quantization.KINDS["w8"]
+    small = packed.packed(module, quantization.forms_of(module, kind))
+    bytes_of = {
+        form: sum(x.nbytes for x in jax.tree.leaves(nnx.state(form)))
+        for form in (module, small)
+    }
+    assert bytes_of[small] < 0.32 * bytes_of[module]
+    x = jnp.ones((2, 32))
+    apart = np.abs(small(x) - module(x)).max() / np.abs(module(x)).max()
+    assert apart < 0.02
+
+
 def test_cutting_off_an_outlier_is_only_done_where_it_helps():
     draw = np.random.default_rng(0)
     weight = draw.normal(size=(256, 2)).astype(np.float32)

@@ -89,6 +89,7 @@ def parts_of(
         step=int(trainer.step),
         limits=_limits(trainer),
         meeting=model.meeting,
+        draws=model.draws,
         batch_size=trainer.recipe.batch_size,
         sizes=tuple(size for size in programs.by_size if size != ANY),
         notes=(

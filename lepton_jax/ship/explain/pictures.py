@@ -22,6 +22,7 @@ from lepton_jax.train.judged import class_names
 ROWS = 8  # that a report shows; assumption: what a person looks through
 NEIGHBOURS = 3  # training pictures next to each; assumption
 COLUMNS = 15  # of a table's importances, the largest; assumption
+MOST_COLUMNS = 100  # that are put out of order, each in a second or so; assumption
 ENTRIES = 8  # shares of a row of a table; assumption
 
 # Colours of shares for and against an output, on white (assumption: told apart also by
@@ -29,6 +30,7 @@ ENTRIES = 8  # shares of a row of a table; assumption
 FOR = np.array([202, 66, 37])
 AGAINST = np.array([39, 104, 178])
 WHITE = 255.0
+BRIGHT = 128  # of bytes that are pixels as they are; smaller ones have another scale
 FAINT = 0.35  # share of the picture that shines through; assumption
 BRIGHTEST = 99.0  # percentile of the shares that has the full colour; assumption
 
@@ -119,10 +121,10 @@ def explanations(
     if picture is None:
         for at, fields in enumerate(shown):
             fields["shares"] = found.ranked(at, ENTRIES)
-        return facts | {"rows": shown, "columns": _importances(trainer)}
+        return facts | {"rows": shown, "columns": _importances(trainer, named)}
     examples = _examples(trainer, inputs, picture)
     for at, fields in enumerate(shown):
-        fields["picture"] = _address(named[picture][at])
+        fields["picture"] = _address(named[picture][at], scale_of(named[picture]))
         drawn = heat_map(named[picture][at], found.values[picture][at])
         fields["map"] = png.address(png.encode(drawn))
         fields["examples"] = examples[at] if examples else []
@@ -151,10 +153,16 @@ def _described(
     return fields
 
 
-def _importances(trainer: Any) -> list[dict[str, Any]]:
+def _importances(
+    trainer: Any,
+    named: Mapping[str, np.ndarray],
+) -> list[dict[str, Any]]:
+    rows = [array for array in named.values() if array.ndim == 2]
+    if sum(array.shape[1] for array in rows) > MOST_COLUMNS:
+        return []  # texts have places, but no columns
     try:
         found = permutation_importance(trainer)
-    except DataError:  # texts and such have no columns
+    except DataError:  # nor have other inputs of more dims
         return []
     return [one._asdict() for one in found[:COLUMNS]]
 
@@ -174,11 +182,22 @@ def _examples(
         return []
     known = train.inputs
     pictures = known[picture] if isinstance(known, Mapping) else known
-    return [[_address(pictures[at]) for at in own] for own in near.numbers]
+    scale = scale_of(pictures)
+    return [[_address(pictures[at], scale) for at in own] for own in near.numbers]
 
 
-def _address(picture: np.ndarray) -> str:
-    return png.address(png.encode(png.as_pixels(picture)))
+def scale_of(pictures: np.ndarray) -> tuple[float, float] | None:
+    """Return what is black and what is white in pictures; None: 0 and 255."""
+    low = float(pictures.min())
+    high = float(pictures.max())
+    return None if pictures.dtype == np.uint8 and high >= BRIGHT else (low, high)
+
+
+def _address(
+    picture: np.ndarray,
+    scale: tuple[float, float] | None,
+) -> str:
+    return png.address(png.encode(png.as_pixels(picture, scale)))
 
 
 def _flat(

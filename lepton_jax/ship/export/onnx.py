@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from lepton_jax.ship.export import inlined
-from lepton_jax.ship.export.lowering import operations
+from lepton_jax.ship.export.lowering import operations, traced
 from lepton_jax.ship.export.rules import FOR_ONNX
 from lepton_jax.ship.export.target import (
     Options,
@@ -120,8 +120,7 @@ def _unknown(source: Source) -> list[str]:
     system = needs("jax2onnx.plugins.plugin_system", extra="onnx", purpose="--to onnx")
     _hush()
     system.import_all_plugins()
-    shapes = source.shapes(TRACED)
-    program = jax.make_jaxpr(source.closed())(*shapes.values())
+    program = traced(source, list(source.shapes(TRACED).values()))
     found: dict[str, str] = {}
     for eqn, callers in inlined.equations(program):
         name = eqn.primitive.name

@@ -52,6 +52,7 @@ class Source:
       is_live: whether JAX can trace into `run`: the model's code is at hand.
       meeting: the reason why a prediction depends on its batch; None: it does not.
       batch_size: of the recipe.
+      draws: whether it depends on its place in a batch of that size alone.
       name: of the model.
     """
 
@@ -63,6 +64,7 @@ class Source:
     is_live: bool
     meeting: str | None
     batch_size: int
+    draws: bool
     name: str
 
     def shapes(
@@ -118,6 +120,7 @@ def source_of(
         is_live=model is not None,
         meeting=artifact.manifest.meeting,
         batch_size=artifact.manifest.batch_size,
+        draws=artifact.manifest.draws,
         name=artifact.manifest.name,
     )
 
@@ -149,12 +152,13 @@ class Target:
         """Return the reasons why a model can't be exported, before work starts."""
         reasons = []
         fixed = self.batch_of(source, options)
-        if options.batch is None and not self.has_any_batch and self._is_asked(options):
-            reasons.append(f"{self.name} has one fixed batch size")
-        if source.meeting is not None and fixed is not None and self.is_program:
+        is_alike = source.draws and fixed == source.batch_size
+        depends = source.meeting is not None and not is_alike
+        if depends and fixed is not None and self.is_program:
             reasons.append(
                 f"a prediction depends on its batch ({source.meeting}), so that one of"
                 f" {fixed} rows that is filled up would be another"
+                f"{self._alike(source)}"
             )
         return reasons
 
@@ -181,8 +185,8 @@ class Target:
         """
         raise NotImplementedError
 
-    def _is_asked(self, options: Options) -> bool:
-        return False
+    def _alike(self, source: Source) -> str:
+        return f"; --batch {source.batch_size} can be" if source.draws else ""
 
 
 def write_signature(

@@ -11,7 +11,7 @@ becomes an `Artifact`.
 """
 
 from lepton_jax.ship.shrink.channels import Channels
-from lepton_jax.ship.shrink.cutting import channels, cut
+from lepton_jax.ship.shrink.cutting import channels, cut, quicker
 from lepton_jax.ship.shrink.distillation import distillation_loss, distilled
 from lepton_jax.ship.shrink.masks import (
     channels_off,
@@ -42,6 +42,7 @@ __all__ = [
     "n_of_m",
     "pruning",
     "quantize",
+    "quicker",
     "rising",
     "search",
     "size_of",

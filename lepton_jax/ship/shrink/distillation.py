@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_jax import losses
-from lepton_jax.data import Arrays
+from lepton_jax.data import Arrays, settled
 from lepton_jax.errors import DataError, ModelError, SettingError
 from lepton_jax.recipe import Recipe
 
@@ -74,16 +74,18 @@ def distilled(
             where="distilled",
             remedy="give a temperature above 0 and a weight from 0 to 1",
         )
-    if not isinstance(recipe.train, Arrays):
+    train = _in_memory(recipe.train)
+    test = _in_memory(recipe.test)
+    if train is None:
         raise DataError(
             "the teacher can't be asked: the training rows are not arrays in memory",
             where="Recipe.train",
             remedy="give train as (inputs, targets), or as lepton_jax.data.Arrays",
         )
     ask = _asking(teacher)
-    changes: dict[str, Any] = {"train": _with_answers(recipe.train, ask)}
-    if isinstance(recipe.test, Arrays):
-        changes["test"] = _with_answers(recipe.test, ask)
+    changes: dict[str, Any] = {"train": _with_answers(train, ask)}
+    if test is not None:
+        changes["test"] = _with_answers(test, ask)
     elif recipe.test is not None:
         raise DataError(
             "the teacher can't be asked: the test rows are not arrays in memory",
@@ -139,6 +141,14 @@ def distillation_loss(
 
 
 # ---- internals ----
+
+
+def _in_memory(data: Any) -> Arrays | None:
+    """Return data that are arrays in memory; None: there are none."""
+    if data is None:
+        return None
+    data = settled(data)
+    return data if isinstance(data, Arrays) else None
 
 
 def _row_values(values: Any) -> jax.Array:

@@ -131,8 +131,7 @@ def by_outputs(
     Args:
       shape: of the kernel.
       bits: of a number.
-      group: inputs that share a scale; None: all. Where it divides the inputs not, the
-        largest divisor below it is taken.
+      group: inputs that share a scale, or about so many; None: all.
     """
     inputs = shape[-2]
     tile = inputs if group is None else divisor(inputs, group)
@@ -149,7 +148,7 @@ def by_rows(
     Args:
       shape: of the embedding.
       bits: of a number.
-      group: numbers of a row that share a scale; None: all.
+      group: numbers of a row that share a scale, or about so many; None: all.
     """
     *rows, dim = shape
     tile = dim if group is None else divisor(dim, group)
@@ -158,15 +157,21 @@ def by_rows(
 
 def divisor(
     extent: int,
-    most: int,
+    wanted: int,
 ) -> int:
-    """Return the largest divisor of an extent that is at most a number.
+    """Return a divisor of an extent that is about a wanted number.
 
-    >>> divisor(96, 32), divisor(50, 32), divisor(7, 4)
-    (32, 25, 1)
+    It is the largest one up to it, or, if that is less than half of it, the smallest
+    one above: a scale for each number or two would be larger than the weight was.
+
+    >>> divisor(96, 32), divisor(50, 32), divisor(86, 32), divisor(7, 4)
+    (32, 25, 43, 7)
     """
-    candidates = range(1, min(extent, most) + 1)
-    return max(n for n in candidates if extent % n == 0)
+    divisors = [n for n in range(1, extent + 1) if extent % n == 0]
+    below = max(n for n in divisors if n <= wanted)
+    if 2 * below >= wanted or below == extent:
+        return below
+    return min(n for n in divisors if n > wanted)
 
 
 def in_pairs(values: jax.Array) -> jax.Array:

@@ -92,11 +92,9 @@ def rounding(
     own_kind = type(module)
 
     def call(self: Any, *arguments: Any, **named: Any) -> Any:
-        params = dict(nnx.to_flat_state(nnx.state(self, nnx.Param)))
+        state = dict(nnx.to_flat_state(nnx.state(self)))
         rounded = {
-            path: variable
-            for path, variable in params.items()
-            if name_of(path) in forms
+            path: variable for path, variable in state.items() if name_of(path) in forms
         }
         before = {path: variable.get_value() for path, variable in rounded.items()}
         own = {path: _variable_at(self, path) for path in rounded}

@@ -217,9 +217,12 @@ def forms_of(
 
 
 def quantizable(module: nnx.Module) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the weights that can be quantized, by path."""
+    """Return the shapes of the weights that can be quantized, by path.
+
+    These are parameters, and constants that the module keeps as other variables.
+    """
     weights = {}
-    for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+    for path, variable in nnx.to_flat_state(nnx.state(module)):
         value = variable.get_value()
         is_float = jnp.issubdtype(value.dtype, jnp.floating)
         if is_float and value.ndim >= 2 and value.size >= SMALLEST:

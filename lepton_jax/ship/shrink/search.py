@@ -24,7 +24,7 @@ from flax import nnx
 from lepton_jax.data import Arrays
 from lepton_jax.errors import DataError, ModelError, SettingError, nearest
 from lepton_jax.ship.shrink import measuring
-from lepton_jax.ship.shrink.cutting import cut
+from lepton_jax.ship.shrink.cutting import cut, quicker
 from lepton_jax.ship.shrink.packed import name_of
 from lepton_jax.ship.shrink.quantization import (
     forms_of,
@@ -327,7 +327,7 @@ def _makers(
         yield from _spared(trainer, module, judge, whole)
 
     def pruned() -> Made:
-        yield from _pruned(trainer, epochs, to == "smallest")
+        yield from _pruned(trainer, epochs, to == "smallest", judge.rows)
 
     makers = {
         "int8": [quantized("w8a8"), quantized("w8")],
@@ -343,9 +343,11 @@ def _pruned(
     trainer: Any,
     epochs: float,
     also_quantized: bool,
+    rows: int,
 ) -> Made:
+    only = quicker(trainer, CUTS[1], rows)
     for share in CUTS:
-        smaller = cut(trainer, share, **_fine_tuning(trainer))
+        smaller = cut(trainer, share, only=only, **_fine_tuning(trainer))
         if epochs:
             smaller.fit(epochs=epochs)
         name = f"{100 * share:.0f} % of the channels cut"
@@ -437,8 +439,6 @@ class Probe:
         self,
         forms: dict[str, Any],
     ) -> None:
-        params = self._state.params
-
         def rounded(
             path: Any,
             value: jax.Array,
@@ -450,8 +450,15 @@ class Probe:
             plain_value = form.unpack(form.pack(value))
             return jax.device_put(plain_value, value.sharding)
 
-        params = jax.tree_util.tree_map_with_path(rounded, params)
-        self._trainer.state = replace(self._state, params=params)
+        parts = (self._state.params, self._state.variables)
+        params, variables = (
+            jax.tree_util.tree_map_with_path(rounded, part) for part in parts
+        )
+        self._trainer.state = replace(
+            self._state,
+            params=params,
+            variables=variables,
+        )
 
 
 def _cheapest(kept: list[tuple[Candidate, Any]]) -> tuple[Candidate, Any]:
