@@ -130,6 +130,7 @@ async def test_the_endpoints_of_the_protocol(client):
         assert (await client("GET", path + "/ready"))[0] == 200
         status, answer = await client("POST", path + "/infer", {**ONE, "id": "x"})
         assert status == 200 and answer["id"] == "x"
+        assert "compute;dur=" in client.headers["server-timing"]
         assert answer["outputs"][0]["data"] == [2, 4, 6]
 
 
