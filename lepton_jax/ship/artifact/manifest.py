@@ -87,8 +87,8 @@ class Manifest:
         return (
             f"made with jax {made_with} on {self.made['when'][:10]}; it opens with"
             f" that version at any time, and with later ones until"
-            f" {self.expires.isoformat()} at least: after that, export again from the"
-            " checkpoint and the recipe (lepton export RUN)"
+            f" {self.expires.isoformat()} at least. With an older one, or later,"
+            " export it again from the checkpoint and the recipe: lepton export RUN"
         )
 
     def to_json(self) -> str:

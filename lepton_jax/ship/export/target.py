@@ -24,6 +24,7 @@ DEFAULT_BATCH = (
     1  # of a target with a fixed batch; assumption: a device asks one by one
 )
 WORD = re.compile(r"\W")
+FOLDERS = re.compile(r"(?:/[\w.+-]+)+/(?=[\w.-]+\.py\b)")  # before the name of a file
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ def word(name: str) -> str:
 def failed(target: str, error: BaseException) -> ModelError:
     """Return the error of a converter that could not take a model."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    message = lines[0] if lines else type(error).__name__
+    message = FOLDERS.sub("", lines[0]) if lines else type(error).__name__
     return ModelError(
         f"{target} can't take the model: {type(error).__name__}: {message}",
         where=f"lepton export --to {target}",
