@@ -3,11 +3,11 @@
 A weight w of shape (inputs, outputs) is cut into tiles that share a scale s, and each
 number is stored as round(w / s). A small example, 4 x 2 numbers in tiles of 2 inputs:
 
-    w = [[ .5, 1],      scales, of largest / 7      stored, 4 bits each
-         [-.7, 2],  ->  [[.1, .2857],           ->  [[ 5,  4],
-         [ .2, 0],       [.0286, .0571]]             [-7,  7],
-         [ .1, .4]]                                  [ 7,  0],
-                                                     [ 4,  7]]
+    w = [[ .5, 1],      scales, largest / 7.5    stored, 4 bits each
+         [-.7, 2],  ->  [[.0933, .2667],     ->  [[ 5,  4],
+         [ .2, 0],       [.0267, .0533]]          [-8,  7],
+         [ .1, .4]]                               [ 7,  0],
+                                                  [ 4,  7]]
 
 Numbers of 4 bits lie in pairs in a byte, for neither safetensors nor most runtimes have
 a type for them. The arithmetic is qwix's.
