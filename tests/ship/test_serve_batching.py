@@ -249,14 +249,45 @@ def test_collecting_waits_for_company_but_not_beyond_its_time():
     async def run():
         ready = warm(artifact)
         ladder = Ladder(dict.fromkeys(ready.programs, 1e-6))
-        batcher = Batcher(ready.programs, ladder, Limits(collect=0.03))
+        batcher = Batcher(ready.programs, ladder, Limits(collect=0.1))
         calls.clear()
         first = asyncio.ensure_future(batcher.submit(rows_of(0), 1))
         await asyncio.sleep(0.005)
         await asyncio.gather(first, batcher.submit(rows_of(1), 1))
+        # nobody waits once the best batch is full
+        began = time.perf_counter()
+        await asyncio.gather(*(batcher.submit(rows_of(i), 1) for i in range(8)))
+        assert time.perf_counter() - began < 0.08
 
     asyncio.run(run())
-    assert calls == [2]
+    assert calls == [2, 8]
+
+
+def test_clients_that_come_back_together_run_together():
+    artifact = standins.linear()
+    calls = []
+    quick = artifact.function
+
+    def function(arrays):
+        calls.append(len(arrays["inputs"]))
+        time.sleep(0.2)
+        return quick(arrays)
+
+    async def client(batcher, pause):
+        for _ in range(3):
+            await batcher.submit(rows_of(1), 1)
+            await asyncio.sleep(pause)
+
+    async def run():
+        ready = warm(artifact)
+        artifact.function = function
+        batcher = Batcher(ready.programs, Ladder(dict.fromkeys(ready.programs, 0.2)))
+        clients = [client(batcher, 1e-4 * number) for number in range(4)]
+        await asyncio.gather(*clients)
+
+    asyncio.run(run())
+    # without a moment's wait they would be 4, 1, 4, 1, ...
+    assert calls == [4, 4, 4]
 
 
 def test_where_rows_meet_no_two_requests_share_a_batch():

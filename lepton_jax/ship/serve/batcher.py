@@ -6,7 +6,8 @@
                                                                └─ c's 3 rows
 
 A batch is whatever has come in while the batch before it ran, the more urgent first;
-nobody waits for company unless a wait is asked for. If a batch fails, each of its
+nobody waits for company, but for a moment after a batch whose clients may ask again,
+unless a wait is asked for. If a batch fails, each of its
 requests runs alone, so that only the one that can't be computed gets an error.
 
 All methods are for the event loop's thread alone. A quick program runs in that thread,
@@ -39,6 +40,9 @@ DEFAULT_PRIORITY = 2
 # another thread costs 0.1 ms, and the loop may well pause for ten times that
 # (python -m tools.bench serve).
 QUICK = 1e-3
+# Share of a batch's time for which its clients are waited for to ask again (assumption:
+# what that costs them is less than a batch that is nearly empty).
+BACK = 0.05
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,9 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
         self._running: Batch | None = None
         self._planned: asyncio.Handle | None = None  # the next look at the queue
+        self._is_collecting = False  # whether that look waits for company
+        self._last_rows = 0  # of the last batch in the other thread
+        self._back = 0.0  # until when its clients are waited for
         self._timer: asyncio.TimerHandle | None = None  # of the first deadline
         self._expires = 0.0  # when it goes off
         self._worker: ThreadPoolExecutor | None = None
@@ -188,6 +195,7 @@ class Batcher:
             for part, count in self._parts(inputs, rows)
         ]
         if self._is_alone():
+            self._last_rows = 0  # nobody of the last batch is coming back
             self._next()
         else:
             self._plan()
@@ -340,8 +348,14 @@ class Batcher:
 
     def _plan(self) -> None:
         """Look at the queue soon: after all that the sockets hold now has been read."""
-        if self._running is None and self._planned is None:
-            self._planned = self._loop.call_soon(self._next)
+        if self._running is not None:
+            return
+        if self._planned is not None:
+            if not self._is_collecting or self._collecting() > 0:
+                return
+            self._planned.cancel()
+        self._is_collecting = False
+        self._planned = self._loop.call_soon(self._next)
 
     def _next(self) -> None:
         """Run a batch of what waits."""
@@ -349,7 +363,8 @@ class Batcher:
         if self._running is not None or not self.waiting:
             return
         delay = self._collecting()
-        if delay > 0:
+        self._is_collecting = delay > 0
+        if self._is_collecting:
             self._planned = self._loop.call_later(delay, self._next)
             return
         batch = self._take()
@@ -364,14 +379,29 @@ class Batcher:
             self._start(batch)
 
     def _collecting(self) -> float:
-        """Return the seconds for which the oldest request still waits for company."""
+        """Return the seconds for which those that wait still wait for company."""
+        now = time.perf_counter()
+        return max(self._until_back(now), self._until_collected(now))
+
+    def _until_back(self, now: float) -> float:
+        """Return the seconds in which those of the last batch may ask again.
+
+        Clients that each wait for an answer come back together. Without this the first
+        of them would run alone, and keep the others waiting.
+        """
+        if self.waiting >= self._last_rows:
+            return 0.0
+        return self._back - now
+
+    def _until_collected(self, now: float) -> float:
+        """Return the seconds that are left of the wait that was asked for."""
         if not self.limits.collect or self.waiting >= self.ladder.best:
             return 0.0
         oldest = min(
             (ticket.entered for ticket in self._waiting_tickets()),
             default=0.0,
         )
-        return oldest + self.limits.collect - time.perf_counter()
+        return oldest + self.limits.collect - now
 
     def _take(self) -> Batch | None:
         """Take the next batch out of the queue; None: nobody waits any more."""
@@ -414,6 +444,9 @@ class Batcher:
         batch = self._running
         assert batch is not None
         self._running = None
+        if len(batch.tickets) > 1:
+            self._last_rows = batch.rows
+            self._back = time.perf_counter() + BACK * batch.seconds
         self._next()
         done.result()  # an error here is one of ours: `_compute` keeps the program's
         self._settle(batch)
