@@ -12,8 +12,6 @@ import lepton_jax as lepton
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 WEIGHT_DECAY = 1e-4  # of AdamW, as Optax has it
-EPOCHS = 20  # passes over a table of one's own; assumption
-MADE_UP_EPOCHS = 100  # passes over the embedded table's 2,000 rows
 
 
 def recipe(
@@ -41,7 +39,7 @@ def recipe(
     dropout: float = 0.3,
     learning_rate: float = 1e-3,
     batch_size: int = 128,
-    epochs: float | None = None,
+    epochs: float = 20,
     steps: int | None = None,
     micro_batches: int | None = None,
     save_every: int | None = None,
@@ -97,7 +95,7 @@ def recipe(
       learning_rate: of AdamW at its peak; it rises over the first tenth of the run and
         falls as a cosine to zero.
       batch_size: rows per step, over all devices.
-      epochs: passes over the training rows; if left out, 20, or 100 without `data`.
+      epochs: passes over the training rows.
       steps: length of the run in steps, instead of epochs.
       micro_batches: parts in which a batch passes through the model.
       save_every: steps between checkpoints; each evaluation if left out.
@@ -105,8 +103,6 @@ def recipe(
     """
     from recipes import table
 
-    if epochs is None:
-        epochs = EPOCHS if data is not None else MADE_UP_EPOCHS
     return table.recipe(
         data=data,
         label=label,

@@ -26,7 +26,8 @@ def recipe(
     width: int = 32,
     blocks: int = 1,
     dropout: float = 0.0,
-    sampling_steps: int = 25,
+    sampling_steps: int = 15,
+    guidance: float = 1.0,
     learning_rate: float = 2e-3,
     batch_size: int = 64,
     epochs: float = 40,
@@ -49,6 +50,8 @@ def recipe(
       blocks: of the U-Net, on each way at each resolution.
       dropout: share of the units dropped in each block.
       sampling_steps: from noise to a picture.
+      guidance: how far a picture goes the way of its class, as a multiple of how far
+        that is from the way of any class.
       learning_rate: of Adam at the start; it falls as a cosine to zero.
       batch_size: pictures per step, over all devices.
       epochs: passes over the training pictures.
@@ -72,6 +75,7 @@ def recipe(
             blocks=blocks,
             dropout=dropout,
             steps=sampling_steps,
+            guidance=guidance,
         ),
         loss=direction_loss,
         metrics={"error": direction_loss},

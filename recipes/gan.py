@@ -28,7 +28,7 @@ def recipe(
     latent: int = 64,
     width: int = 32,
     penalty: float = 1.0,
-    learning_rate: float = 5e-4,
+    learning_rate: float = 1e-3,
     judge_rate: float = 1.0,
     first_decay: float = 0.5,
     batch_size: int = 64,

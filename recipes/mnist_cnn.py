@@ -48,15 +48,15 @@ def recipe(
 ) -> lepton.Recipe:
     """MNIST with a small CNN: 32-64-64 convolutions and 64 dense units.
 
-    Trained on the first 50,000 of MNIST's training images, it gets 99.31 % of the other
-    10,000 right (one seed, no setting chosen by them). Batch norm, small random turns,
-    moves and zooms, and a learning rate that rises first are what it has over the plain
-    network's 99.2 % of the test images. It takes some five minutes of one CPU core:
+    It gets 99.36 % of MNIST's test images right (median of three seeds: 99.40, 99.34
+    and 99.36 %), where the nearest neighbours get 96.7 %. Batch norm, small random
+    turns, moves and zooms, and a learning rate that rises first are what it has over a
+    plain network, which gets 99.2 %. It takes some three minutes of one CPU core:
 
         python tools/launch.py recipes/mnist_cnn.py --data FOLDER
 
     Without `data` it learns scikit-learn's 1,797 digits of 8x8 pixels, enlarged to
-    28x28: 96.7 % of a held-out fifth in these few steps, with 20 seconds of a core:
+    28x28: 99.7 % of a held-out fifth, where the nearest neighbours get 98.6 %:
 
         python tools/launch.py recipes/mnist_cnn.py
 

@@ -16,6 +16,7 @@ from lepton_jax.ship.export import (
     LEPTON,
     Options,
     check,
+    compare_opened,
     export,
     live_source,
     source_of,
@@ -133,8 +134,9 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
     artifact, source = _opened(options)
     place = Path(options.out or f"{artifact.manifest.name}.{options.to}")
     if options.to == LEPTON:
-        artifact.save(place)
-        return _told(artifact, place, None)
+        opened = Artifact.open(artifact.save(place))
+        parity = None if options.no_replay else compare_opened(opened)
+        return _told(artifact, place, parity)
     check(target_of(options.to), source, asked)
     parity = export(
         artifact,

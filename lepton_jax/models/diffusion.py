@@ -15,6 +15,7 @@ LONGEST_PERIOD = 10_000.0  # of the codes of time; Vaswani et al. 2017, section 
 TIME_SCALE = 1000.0  # steps that a time of 1 stands for; Ho et al. 2020, section 4
 GROUPS = 8  # of a group norm; assumption
 WHOLE_UNITS = 16  # of the layer over all pixels, for each channel; assumption
+UNTOLD_SHARE = 0.1  # of the classes; Ho and Salimans 2022, section 4
 DEVIATION = 0.5  # of pixels in -1 to 1; Karras et al. 2022, table 1
 
 
@@ -230,7 +231,9 @@ class Diffusion(nnx.Module):
     generative models", section 5, for these lines).
 
     To sample, noise goes that way back in `steps` steps, with a correction in each but
-    the last (Heun; algorithm 1 there).
+    the last (Heun; algorithm 1 there). A tenth of the classes is not told in training,
+    so that the way without a class is known too, and samples can go away from it (Ho
+    and Salimans 2022, "Classifier-free diffusion guidance").
 
     Args:
       size: (height, width, channels) of the images; height and width divide by 4.
@@ -239,6 +242,8 @@ class Diffusion(nnx.Module):
       blocks: of the U-Net, on each way at each resolution.
       dropout: share of the units dropped in each block.
       steps: from noise to an image.
+      guidance: how far a sample goes the way of its class, as a multiple of how far
+        that is from the way of any class.
       rngs: streams `params`, `noise` and, with dropout, `dropout`.
     """
 
@@ -250,17 +255,19 @@ class Diffusion(nnx.Module):
         width: int = 32,
         blocks: int = 1,
         dropout: float = 0.0,
-        steps: int = 25,
+        steps: int = 15,
+        guidance: float = 1.0,
         rngs: nnx.Rngs,
     ):
         self.size = tuple(size)
         self.shares = tuple(shares)
         self.steps = steps
+        self.guidance = guidance
         self.net = UNet(
             size,
             width=width,
             blocks=blocks,
-            classes=len(shares),
+            classes=len(shares) + 1,
             dropout=dropout,
             rngs=rngs,
         )
@@ -283,6 +290,8 @@ class Diffusion(nnx.Module):
         count = images.shape[0]
         if classes is None:
             classes = jnp.zeros(count, jnp.int32)
+        untold = jax.random.bernoulli(self.rngs.noise(), UNTOLD_SHARE, (count,))
+        classes = jnp.where(untold, len(self.shares), classes)
         noise = jax.random.normal(self.rngs.noise(), images.shape, images.dtype)
         time = nnx.sigmoid(jax.random.normal(self.rngs.noise(), (count,)))
         share = time.astype(images.dtype)[:, None, None, None]
@@ -303,7 +312,7 @@ class Diffusion(nnx.Module):
         Args:
           mixed: images with noise, (batch, height, width, channels).
           time: (batch,), from 0 to 1.
-          classes: (batch,), from 0.
+          classes: (batch,), from 0; their number for one that is not told.
         """
         noise = time.astype(mixed.dtype)[:, None, None, None]
         image = (1 - noise) * DEVIATION
@@ -319,8 +328,15 @@ class Diffusion(nnx.Module):
         classes = drawn_classes(keys[0], self.shares, count)
         pace = 1 / self.steps  # of the time, in one step
 
+        untold = jnp.full_like(classes, len(self.shares))
+
         def way(x: jax.Array, time: jax.Array | float) -> jax.Array:
-            return self.direction(x, jnp.full(count, time), classes)
+            times = jnp.full(count, time)
+            told = self.direction(x, times, classes)
+            if self.guidance == 1:
+                return told
+            free = self.direction(x, times, untold)
+            return free + self.guidance * (told - free)
 
         def back(step: jax.Array, x: jax.Array) -> jax.Array:
             now = 1 - step * pace

@@ -163,6 +163,23 @@ def test_a_diffusion_that_knows_the_way_finds_the_image():
     np.testing.assert_allclose(found, np.repeat((image + 1) / 2, 3, 0), atol=1e-5)
 
 
+def test_guidance_goes_away_from_the_way_without_a_class():
+    model = Diffusion(SIZE, shares=SHARES, width=8, steps=1, rngs=nnx.Rngs(0))
+
+    def known(x, time, classes):
+        return jnp.where(classes == len(SHARES), 0.1, 0.3)[:, None, None, None] + x
+
+    model.direction = known
+    found = []
+    for guidance in (0, 1, 3):
+        model.guidance = guidance
+        found.append(np.asarray(model.samples(jax.random.key(0), 2)))
+    # from noise x straight to x - way, in half of the levels
+    np.testing.assert_allclose(found[0], (1 - 0.1) / 2, rtol=1e-5)
+    np.testing.assert_allclose(found[1], (1 - 0.3) / 2, rtol=1e-5)
+    np.testing.assert_allclose(found[2], (1 - 0.7) / 2, rtol=1e-5)
+
+
 def test_a_diffusion_asks_the_way_from_the_image_to_the_noise():
     model = Diffusion(SIZE, width=8, rngs=nnx.Rngs(0))
     outputs = called(model, "__call__", IMAGES)

@@ -13,13 +13,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lepton_jax as lepton
 from lepton_jax.data import Limit
 from lepton_jax.errors import CheckpointError, DataError, ModelError
-from lepton_jax.ship.artifact import tensors
+from lepton_jax.ship.artifact import tensors, tracing
 from lepton_jax.ship.artifact.compiled import batches
 from lepton_jax.ship.artifact.manifest import Manifest
 from tests.ship import artifacts
@@ -176,7 +177,7 @@ def test_no_file_of_it_is_a_pickle(saved):
 
 def test_its_programs_do_not_tell_where_they_were_made(made):
     home = str(Path(lepton.__file__).parents[1]).encode()
-    for program in (made._program, made._measure):
+    for program in (*made._programs.values(), made._measure):
         assert b".py" in program, "errors still name the line"
         assert home not in program and b"site-packages" not in program
 
@@ -242,7 +243,7 @@ def test_what_stands_in_the_place_is_left_alone_unless_it_is_an_artifact(
 
 
 def test_a_program_of_a_jax_that_is_gone_says_what_to_do(made, monkeypatch):
-    old = lepton.Artifact(_parts(made, program=made._program[:200]))
+    old = lepton.Artifact(_parts(made, programs={-1: made._programs[-1][:200]}))
     with pytest.raises(CheckpointError, match="lepton export RUN") as raised:
         old.run(old.stored.inputs)
     assert made.manifest.made["expires"] in str(raised.value)
@@ -365,7 +366,7 @@ def _parts(artifact, **changes):
 
     parts = Parts(
         artifact.manifest,
-        artifact._program,
+        artifact._programs,
         artifact._measure,
         artifact.weights,
         artifact.serving,
@@ -381,3 +382,44 @@ def _is_pickle(content: bytes) -> bool:
     except Exception:
         return False
     return True
+
+
+class Counted(nnx.Module):
+    """Needs its rows as a number, so that it has no program for any batch size."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.out = nnx.Linear(12, 3, rngs=rngs)
+
+    def __call__(self, x):
+        assert int(x.shape[0]) > 0
+        return self.out(x)
+
+
+def test_a_model_for_fixed_batches_alone_has_programs_of_some_sizes(numbers, tmp_path):
+    trainer = lepton.Trainer(
+        numbers.recipe.with_(model=Counted, batch_size=4), devices=1
+    )
+    trainer.fit(steps=1)
+    artifact = lepton.Artifact.of(trainer, rows=5)
+    assert any("batch sizes" in note for note in artifact.manifest.notes)
+    opened = lepton.Artifact.open(artifact.save(tmp_path / "counted"))
+    assert opened.sizes == (1, 4, 8, 64)
+    inputs = numbers.recipe.test.inputs[:7]
+    np.testing.assert_array_equal(opened.predict(inputs), trainer.predict(inputs))
+    with pytest.raises(ModelError, match="batches of 5 rows"):
+        opened.compiled(5)
+
+
+def test_a_model_that_one_platform_lacks_is_made_for_the_others(numbers, monkeypatch):
+    exported = tracing.exported
+
+    def lacking(model, size=None, platforms=tracing.PLATFORMS):
+        if "tpu" in platforms:
+            raise NotImplementedError("no rule for tpu")
+        return exported(model, size, platforms)
+
+    monkeypatch.setattr(tracing, "exported", lacking)
+    artifact = lepton.Artifact.of(numbers, rows=3)
+    assert artifact.manifest.made["platforms"] == ["cpu", "cuda"]
+    assert any("no program for tpu" in note for note in artifact.manifest.notes)
+    assert artifact.sizes[-1] == 128, "any batch size"

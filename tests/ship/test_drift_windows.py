@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -236,9 +237,14 @@ def test_a_reference_comes_back_from_its_text():
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory):
+def trainer(tmp_path_factory, quick_compilation):
+    return artifacts.people(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture(scope="module")
+def artifact(trainer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("people")
-    made = lepton.Artifact.of(artifacts.people(folder / "prepared"), rows=20)
+    made = lepton.Artifact.of(trainer, rows=20)
     made.save(folder / "people.lepton")
     return lepton.Artifact.open(folder / "people.lepton")
 
@@ -270,6 +276,23 @@ def test_an_artifact_brings_all_that_its_gauges_need(artifact):
     assert found["lepton_serve_drift_alarm", "hours", "missing"] == 1.0
     assert found["lepton_serve_drift_alarm", "age", "distribution"] == 0.0
     assert found["lepton_serve_drift_alarms", None, None] >= 3
+
+
+def test_an_artifact_without_the_rows_of_training_says_that_it_can_t_be_watched(
+    trainer, monkeypatch
+):
+    monkeypatch.setattr(trainer.preparation.prepared, "_sources", ())
+    without_raw = lepton.Artifact.of(trainer, rows=0)
+    assert Reference.from_json(without_raw.training).arrays  # the next best
+
+    monkeypatch.setattr(trainer, "recipe", replace(trainer.recipe, train=None))
+    made = lepton.Artifact.of(trainer, rows=0)
+    assert made.training is None
+    assert any("drift can't be watched" in note for note in made.manifest.notes)
+    meter = Meter(energy=NOTHING)
+    meter.model("people", "1", made).rows(people(5).to_dicts())
+    assert "lepton_serve_drift_psi{" not in meter.text()
+    meter.close()
 
 
 def test_an_artifact_that_takes_another_s_place_begins_a_window_of_its_own(artifact):

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import struct
+import types
 import zlib
 from pathlib import Path
 
@@ -130,6 +131,7 @@ async def test_the_endpoints_of_the_protocol(client):
         assert (await client("GET", path + "/ready"))[0] == 200
         status, answer = await client("POST", path + "/infer", {**ONE, "id": "x"})
         assert status == 200 and answer["id"] == "x"
+        assert "compute;dur=" in client.headers["server-timing"]
         assert answer["outputs"][0]["data"] == [2, 4, 6]
 
 
@@ -167,6 +169,34 @@ async def test_a_server_without_models_is_not_ready(client):
     assert status == 503 and client.headers["retry-after"]
     assert answer["ready"] is False
     assert (await client("GET", "/v2/health/live"))[0] == 200
+
+
+def test_a_server_that_leaves_before_it_has_loaded_says_503_and_not_404():
+    artifact = standins.linear()
+    usual = artifact.compiled
+
+    def compiled(size):
+        import time
+
+        time.sleep(0.05)
+        return usual(size)
+
+    artifact.compiled = compiled
+
+    async def run():
+        async with served() as client:
+            models = client.application.models
+            loading = asyncio.ensure_future(models.load(artifact))
+            await asyncio.sleep(0.02)
+            client.application.phase = Phase.LEAVING
+            models.stop()
+            await asyncio.wait([loading])
+            assert loading.exception() is not None
+            path = "/v2/models/linear/infer"
+            assert (await client("POST", path, ONE))[0] == 503
+            assert (await client("GET", "/v2/models/linear"))[0] == 503
+
+    asyncio.run(run())
 
 
 @ask(standins.linear)
@@ -543,3 +573,30 @@ def test_a_picture_is_told_from_the_shape_of_the_only_input():
         "span": 0.5,
     }
     assert np.shape(facts["example"]["x"]) == (8, 8, 1)
+
+
+class Meter:
+    """Keeps the statuses that it is told of."""
+
+    def __init__(self):
+        self.left = []
+
+    def arrive(self, identity, parent):
+        return types.SimpleNamespace(id="1", charge=None)
+
+    def leave(self, visit, status):
+        self.left.append(status)
+
+
+@ask(standins.linear)
+async def test_probes_and_metadata_are_no_requests_to_count(client):
+    client.application.meter = meter = Meter()
+    client.application.phase = Phase.LOADING
+    assert (await client("GET", "/v2/health/ready"))[0] == 503
+    client.application.phase = Phase.READY
+    for path in ("/v2/health/ready", "/v2/models/linear", "/v2/models/gone"):
+        await client("GET", path)
+    await client("POST", "/v2/models/gone/infer", ONE)
+    client.application.models.afterwards.flush()
+
+    assert meter.left == [404]

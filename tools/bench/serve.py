@@ -3,15 +3,21 @@
 `tools.bench serve`. For each model, on loopback, a server in one process and a client
 in another:
 
-- **Overhead**: one client, one row a request; the median from request to response,
-  minus the median of the bare compiled function on one row. JSON, and the binary
-  extension.
+- **Overhead**: one client, one row a request; the time from request to response, minus
+  that of the model in it, which the answer tells (Server-Timing); the median. JSON, and
+  the binary extension. Also the median of the whole, minus that of the bare compiled
+  function: in a loop, with its code and data in the processor's caches, a small model
+  is a third faster than between requests.
 - **Throughput**: many clients, one row a request, in closed loop; rows a second over
-  those of the bare compiled function at its best batch, which has the machine to itself
-  and is called from a loop with arrays that lie ready. Next to a plain FastAPI handler
-  around `jit`, the better of two, and LitServe, which both get JSON alone.
+  those of the bare compiled function at its best batch, which is called from a loop
+  with arrays that lie ready. Next to a plain FastAPI handler around `jit`, the better
+  of two, and LitServe, which both get JSON alone.
 
-The servers and the clients share the machine's cores.
+All servers are started first, and stopped (SIGSTOP) until it is their turn. A round is
+a slice of each, and of the bare function before them; differences and ratios are taken
+within a round, and the median of the rounds counts. The first quarter of a slice, in
+which clients connect, does not count. The server, the client and the compiled
+function share the machine's cores.
 """
 
 from __future__ import annotations
@@ -19,7 +25,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -27,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +49,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 120.0  # seconds for a server to be ready
 LOOK = 0.1  # seconds between two looks
 ONE = 1  # client of the overhead
+LEPTON = "lepton"
+OURS = ("json", "binary")
+PLAIN = ("fastapi", "fastapi-threads")
+RIVALS = (*PLAIN, "litserve")
 JSON = {"Content-Type": "application/json"}
 MILLI = 1e3
 
@@ -58,7 +71,7 @@ def add(
     parser = checks.add_command(
         commands, shared, "serve", __doc__, "what serving costs over the function"
     )
-    checks.add_timing(parser, rounds=1, seconds=4.0)
+    checks.add_timing(parser, rounds=3, seconds=4.0)
     parser.add_argument(
         "--only",
         nargs="+",
@@ -69,8 +82,8 @@ def add(
     parser.add_argument(
         "--clients",
         type=int,
-        default=128,
-        help="connections for throughput (default: 128)",
+        default=256,
+        help="connections for throughput (default: 256)",
     )
     parser.add_argument(
         "--litserve",
@@ -107,78 +120,172 @@ def _measure(
     folder: Path,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
+    """Start all servers of a model, and measure them in rounds."""
     place = folder / f"{name}.lepton"
-    _in_a_process("make", name, place)
-    bare = json.loads(_in_a_process("bare", name, place))
-    result: dict[str, Any] = {"model": name, "about": CASES[name].about, **bare}
-    bodies = _bodies(name, folder)
+    _make(name, place)
+    function = Bare(place)
+    contenders = _contenders(name, folder)
+    commands = _commands(place, options.litserve)
+    with contextlib.ExitStack() as stack:
+        servers = {}
+        for server, command in commands.items():
+            try:
+                context = _served(command, is_rival=server != LEPTON)
+                servers[server] = stack.enter_context(context)
+            except LeptonError as error:
+                print(f"  {server}: not measured: {error.what}", file=sys.stderr)
+        present = {
+            kind: contender
+            for kind, contender in contenders.items()
+            if contender.server in servers
+        }
+        rounds = [
+            _round(function, present, servers, options) for _ in range(options.rounds)
+        ]
+    return {
+        "model": name,
+        "about": CASES[name].about,
+        "best_size": function.best,
+        **_summary(rounds, present),
+    }
 
-    with _served([sys.executable, "-m", "lepton_jax", "serve", str(place)]) as port:
-        path = f"/v2/models/{name}/infer"
-        for kind, (body, headers) in bodies.items():
-            if kind == "plain":
-                continue
-            one = _ask(port, path, body, headers, ONE, options)
-            result[f"{kind}_ms"] = MILLI * statistics.median(one["latencies"])
-            result[f"{kind}_overhead_ms"] = result[f"{kind}_ms"] - bare["one_ms"]
-            many = _ask(port, path, body, headers, options.clients, options)
-            result[f"{kind}_rows_a_second"] = _rate(many)
 
-    rivals = Path("tools", "bench", "serving", "rivals.py")
-    module = ".".join(rivals.with_suffix("").parts)
-    body, headers = bodies["plain"]
-    for rival in ("fastapi", "fastapi-threads", "litserve"):
-        python = options.litserve if rival == "litserve" else sys.executable
-        command = [str(python), "-m", module, rival, str(place)]
+@dataclass(frozen=True)
+class Contender:
+    """A way to ask a server.
+
+    Attributes:
+      server: that is asked.
+      path: at the server.
+      body: file of the request.
+      headers: of the request.
+    """
+
+    server: str
+    path: str
+    body: Path
+    headers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server's process group, which is stopped between its turns.
+
+    Attributes:
+      process: the first one.
+      port: of the server.
+    """
+
+    process: subprocess.Popen
+    port: int
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[int]:
+        """Let it run in the block; yield its port."""
+        os.killpg(self.process.pid, signal.SIGCONT)
         try:
-            with _served(command, is_rival=True) as port:
-                one = _ask(port, "/predict", body, headers, ONE, options)
-                many = _ask(port, "/predict", body, headers, options.clients, options)
-        except LeptonError as error:
-            print(f"  {rival}: not measured: {error.what}", file=sys.stderr)
-            continue
-        result[f"{rival}_ms"] = MILLI * statistics.median(one["latencies"])
-        result[f"{rival}_rows_a_second"] = _rate(many)
-    return {**result, **_ratios(result)}
+            yield self.port
+        finally:
+            os.killpg(self.process.pid, signal.SIGSTOP)
 
 
-def _ratios(result: dict[str, Any]) -> dict[str, float]:
-    """Return throughput over the function's own, and over the plain handler's."""
-    best = max(result["json_rows_a_second"], result["binary_rows_a_second"])
-    plain = [
-        result[f"{rival}_rows_a_second"]
-        for rival in ("fastapi", "fastapi-threads")
-        if f"{rival}_rows_a_second" in result
-    ]
-    ratios = {"of_bare": best / result["best_rows_a_second"]}
+def _contenders(name: str, folder: Path) -> dict[str, Contender]:
+    bodies = _bodies(name, folder)
+    path = f"/v2/models/{name}/infer"
+    ours = {kind: Contender(LEPTON, path, *bodies[kind]) for kind in OURS}
+    theirs = {rival: Contender(rival, "/predict", *bodies["plain"]) for rival in RIVALS}
+    return {**ours, **theirs}
+
+
+def _commands(place: Path, litserve: Path) -> dict[str, list[str]]:
+    """Return the command of each server, without its port."""
+    commands = {LEPTON: [sys.executable, "-m", "lepton_jax", "serve", str(place)]}
+    for rival in RIVALS:
+        python = str(litserve) if rival == "litserve" else sys.executable
+        module = "tools.bench.serving.rivals"
+        commands[rival] = [python, "-m", module, rival, str(place)]
+    return commands
+
+
+def _round(
+    function: Bare,
+    contenders: dict[str, Contender],
+    servers: dict[str, Running],
+    options: argparse.Namespace,
+) -> dict[str, float]:
+    """Return milliseconds of one row, and rows a second, of each contender."""
+    figures = {"bare_ms": MILLI * function.seconds(1, options.seconds / 4)}
+    for kind, contender in contenders.items():
+        with servers[contender.server].awake() as port:
+            one = _ask(port, contender, ONE, options.seconds / 4)
+        figures[f"{kind}_ms"] = MILLI * statistics.median(one["latencies"])
+        pairs = zip(one["latencies"], one["computed"], strict=True)
+        rests = [latency - computed for latency, computed in pairs]
+        figures[f"{kind}_rest_ms"] = MILLI * statistics.median(rests)
+    best = function.best
+    figures["bare_rows"] = best / function.seconds(best, options.seconds)
+    for kind, contender in contenders.items():
+        with servers[contender.server].awake() as port:
+            many = _ask(port, contender, options.clients, options.seconds)
+        figures[f"{kind}_rows"] = _rate(many)
+    return figures
+
+
+def _summary(
+    rounds: list[dict[str, float]],
+    contenders: dict[str, Contender],
+) -> dict[str, float]:
+    """Return the medians over the rounds, and of what is compared within them."""
+    whole = {
+        name: statistics.median(figures[name] for figures in rounds)
+        for name in rounds[0]
+    }
+    for kind in OURS:
+        whole[f"{kind}_overhead_ms"] = whole[f"{kind}_rest_ms"]
+        whole[f"{kind}_over_bare_ms"] = statistics.median(
+            figures[f"{kind}_ms"] - figures["bare_ms"] for figures in rounds
+        )
+        whole[f"{kind}_of_bare"] = statistics.median(
+            figures[f"{kind}_rows"] / figures["bare_rows"] for figures in rounds
+        )
+    plain = [kind for kind in PLAIN if kind in contenders]
     if plain:
-        ratios["of_fastapi"] = result["json_rows_a_second"] / max(plain)
-    return ratios
+        whole["json_of_fastapi"] = statistics.median(
+            figures["json_rows"] / max(figures[f"{kind}_rows"] for kind in plain)
+            for figures in rounds
+        )
+    if "litserve" in contenders:
+        whole["json_of_litserve"] = statistics.median(
+            figures["json_rows"] / figures["litserve_rows"] for figures in rounds
+        )
+    return {**whole, "rounds": len(rounds)}
 
 
 def _print(result: dict[str, Any]) -> None:
     print(f"{result['model']}: {result['about']}")
     print(
-        f"  bare function: {result['one_ms']:.3f} ms for a row;"
-        f" {result['best_rows_a_second']:,.0f} rows/s in batches of"
-        f" {result['best_size']}"
+        f"  bare function: {result['bare_ms']:.3f} ms for a row;"
+        f" {result['bare_rows']:,.0f} rows/s in batches of {result['best_size']}"
     )
     for kind, most in (("json", MOST_JSON), ("binary", MOST_BINARY)):
         print(
             f"  {kind}: {result[f'{kind}_ms']:.3f} ms, of which"
-            f" {result[f'{kind}_overhead_ms']:.3f} ms overhead (at most {most});"
-            f" {result[f'{kind}_rows_a_second']:,.0f} rows/s"
+            f" {result[f'{kind}_overhead_ms']:.3f} ms overhead (at most {most}),"
+            f" {result[f'{kind}_over_bare_ms']:.3f} ms over the bare function;"
+            f" {result[f'{kind}_rows']:,.0f} rows/s,"
+            f" {result[f'{kind}_of_bare']:.2f} of the bare function's"
+            f" (at least {LEAST_OF_BARE})"
         )
-    for rival in ("fastapi", "fastapi-threads", "litserve"):
+    for rival in RIVALS:
         if f"{rival}_ms" in result:
             print(
                 f"  {rival}: {result[f'{rival}_ms']:.3f} ms;"
-                f" {result[f'{rival}_rows_a_second']:,.0f} rows/s"
+                f" {result[f'{rival}_rows']:,.0f} rows/s"
             )
     print(
-        f"  throughput: {result['of_bare']:.2f} of the bare function's (at least"
-        f" {LEAST_OF_BARE}), {result.get('of_fastapi', float('nan')):.2f} of the plain"
-        f" handler's (at least {LEAST_OF_FASTAPI:g})",
+        f"  rows a second: {result.get('json_of_fastapi', math.nan):.2f} of the plain"
+        f" handler's (at least {LEAST_OF_FASTAPI:g}),"
+        f" {result.get('json_of_litserve', math.nan):.2f} of LitServe's",
         flush=True,
     )
 
@@ -186,7 +293,7 @@ def _print(result: dict[str, Any]) -> None:
 def _rate(answers: dict[str, Any]) -> float:
     statuses = answers["statuses"]
     assert set(statuses) == {"200"}, statuses
-    return statuses["200"] / answers["seconds"]
+    return answers["rate"]
 
 
 def _bodies(
@@ -223,41 +330,39 @@ def _bodies(
 
 def _ask(
     port: int,
-    path: str,
-    body: Path,
-    headers: dict[str, str],
+    contender: Contender,
     clients: int,
-    options: argparse.Namespace,
+    seconds: float,
 ) -> dict[str, Any]:
-    """Return what a client of some connections measures; the second of two turns."""
+    """Return what a client of some connections measures."""
     job = {
         "port": port,
-        "path": path,
-        "body": str(body),
-        "headers": headers,
+        "path": contender.path,
+        "body": str(contender.body),
+        "headers": contender.headers,
         "connections": clients,
+        "seconds": seconds,
     }
-    for seconds in (options.seconds / 4, options.seconds):
-        done = subprocess.run(
-            [sys.executable, "-m", "tools.bench.serving.client"],
-            cwd=ROOT,
-            input=json.dumps({**job, "seconds": seconds}),
-            capture_output=True,
-            text=True,
-            check=False,
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.bench.serving.client"],
+        cwd=ROOT,
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise LeptonError(
+            f"the client failed: {done.stderr.strip().splitlines()[-1]}",
+            where=contender.server,
+            remedy="read the server's output",
         )
-        if done.returncode:
-            raise LeptonError(
-                f"the client failed: {done.stderr.strip().splitlines()[-1]}",
-                where=path,
-                remedy="read the server's output",
-            )
     return json.loads(done.stdout)
 
 
 @contextlib.contextmanager
-def _served(command: list[str], is_rival: bool = False) -> Iterator[int]:
-    """Run a server in a process of its own; yield its port.
+def _served(command: list[str], is_rival: bool = False) -> Iterator[Running]:
+    """Run a server in a process group of its own; it is stopped in the block.
 
     Raises:
       LeptonError: it does not become ready.
@@ -266,13 +371,21 @@ def _served(command: list[str], is_rival: bool = False) -> Iterator[int]:
     words = [str(port)] if is_rival else ["--port", str(port), "--unready", "0"]
     with tempfile.TemporaryFile("w+") as log:
         server = subprocess.Popen(
-            [*command, *words], cwd=ROOT, stdout=log, stderr=log, env=_environment()
+            [*command, *words],
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            env=_environment(),
+            start_new_session=True,
         )
         try:
             _wait(server, port, log, is_rival)
-            yield port
+            os.killpg(server.pid, signal.SIGSTOP)
+            yield Running(server, port)
         finally:
-            server.terminate()
+            # the group, for LitServe's workers outlive a SIGTERM to their parent
+            os.killpg(server.pid, signal.SIGCONT)
+            os.killpg(server.pid, signal.SIGTERM)
             try:
                 server.wait(20)
             except subprocess.TimeoutExpired:
@@ -319,61 +432,54 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def _in_a_process(what: str, name: str, place: Path) -> str:
-    """Make an artifact, or time it bare, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.bench.serve", what, name, str(place)],
+def _make(name: str, place: Path) -> None:
+    """Make an artifact in a process of its own."""
+    subprocess.run(
+        [sys.executable, "-m", "tools.bench.serve", name, str(place)],
         cwd=ROOT,
         env=_environment(),
-        stdout=subprocess.PIPE,
-        text=True,
+        stdout=subprocess.DEVNULL,
         check=True,
     )
-    return done.stdout
 
 
-def bare(place: Path) -> dict[str, float]:
-    """Time the compiled function of an artifact, alone on the machine.
+class Bare:
+    """The compiled function of an artifact, without a server.
 
-    Returns:
-      Milliseconds of one row, and rows a second of its best batch size.
+    Args:
+      place: of the artifact.
+
+    Attributes:
+      best: the batch size that does the most rows a second.
     """
-    import jax
 
-    import lepton_jax as lepton
+    def __init__(self, place: Path):
+        import jax
 
-    # as the server has it, and faster for a small model
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    artifact = lepton.Artifact.open(place)
-    seconds = {}
-    for size in artifact.sizes:
-        program = artifact.compiled(size)
+        import lepton_jax as lepton
+
+        # as the server has it, and faster for a small model
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+        self._artifact = lepton.Artifact.open(place)
+        sizes = self._artifact.sizes
+        self.best = min(sizes, key=lambda size: self.seconds(size, LOOK) / size)
+
+    def seconds(self, size: int, span: float) -> float:
+        """Return the median seconds of a call, over some span."""
+        program = self._artifact.compiled(size)
         inputs = {
             name: np.resize(array, (size, *array.shape[1:]))
-            for name, array in artifact.stored.inputs.items()
+            for name, array in self._artifact.stored.inputs.items()
         }
-        seconds[size] = _median(program, inputs)
-    best = min(seconds, key=lambda size: seconds[size] / size)
-    return {
-        "one_ms": MILLI * seconds[1],
-        "best_size": best,
-        "best_rows_a_second": best / seconds[best],
-    }
-
-
-def _median(program: Any, inputs: dict[str, np.ndarray]) -> float:
-    """Return the median seconds of a call, over about two seconds."""
-    times = []
-    end = time.perf_counter() + 2.0
-    while time.perf_counter() < end:
-        began = time.perf_counter()
         program(inputs)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+        times = []
+        end = time.perf_counter() + span
+        while time.perf_counter() < end or not times:
+            began = time.perf_counter()
+            program(inputs)
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "make":
-        make(sys.argv[2], Path(sys.argv[3]))
-    else:
-        print(json.dumps(bare(Path(sys.argv[3]))))
+    make(sys.argv[1], Path(sys.argv[2]))

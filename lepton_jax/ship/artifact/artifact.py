@@ -25,7 +25,13 @@ from lepton_jax.ship.artifact.compiled import (
 from lepton_jax.ship.artifact.given import as_inputs, check_ranges
 from lepton_jax.ship.artifact.manifest import FORMAT, NAME, Manifest
 from lepton_jax.ship.artifact.measuring import measured
-from lepton_jax.ship.artifact.signature import OUTPUTS, PREDICTION, Column, Tensor
+from lepton_jax.ship.artifact.signature import (
+    ANY,
+    OUTPUTS,
+    PREDICTION,
+    Column,
+    Tensor,
+)
 from lepton_jax.ship.artifact.stored import Stored
 from lepton_jax.ship.artifact.tensors import read_tensors, write_tensors
 from lepton_jax.train.raw_inputs import are_raw, in_words
@@ -71,7 +77,8 @@ class Artifact:
         self.stored = parts.stored
         self.training = parts.training
         self.folder = folder
-        self._program = parts.program
+        self._programs = parts.programs
+        self._opened: dict[int, Any] = {}
         self._measure = parts.measure
         self._compiled: dict[int, BatchProgram] = {}
         self._compiling = threading.Lock()
@@ -150,7 +157,8 @@ class Artifact:
         """
         place = Path(place)
         with files.writing(place) as folder:
-            (folder / PROGRAM).write_bytes(self._program)
+            for size, program in self._programs.items():
+                (folder / _file_of(size)).write_bytes(program)
             if self._measure:
                 (folder / MEASURE).write_bytes(self._measure)
             write_tensors(folder / WEIGHTS, self.weights)
@@ -346,21 +354,27 @@ class Artifact:
     def _metrics(self) -> Any:
         return making.deserialized(self._measure)
 
-    @cached_property
+    @property
     def exported(self) -> Any:
-        """The program as a `jax.export.Exported`.
+        """The program as a `jax.export.Exported`; of several the one for most rows.
 
         Raises:
           CheckpointError: this version of JAX can't open it.
         """
-        try:
-            return making.deserialized(self._program)
-        except Exception as error:  # flatbuffers and JAX raise what comes
-            raise CheckpointError(
-                f"jax {jax.__version__} can't open the program: {error}",
-                where=self.folder,
-                remedy=self.manifest.expiry(),
-            ) from error
+        return self._exported(max(self._programs))
+
+    def _exported(self, size: int) -> Any:
+        """Return the program for a batch size; -1: any."""
+        if size not in self._opened:
+            try:
+                self._opened[size] = making.deserialized(self._programs[size])
+            except Exception as error:  # flatbuffers and JAX raise what comes
+                raise CheckpointError(
+                    f"jax {jax.__version__} can't open the program: {error}",
+                    where=self.folder,
+                    remedy=self.manifest.expiry(),
+                ) from error
+        return self._opened[size]
 
     @cached_property
     def _names_of_files(self) -> set[str]:
@@ -372,7 +386,15 @@ class Artifact:
 
     def _compile(self, size: int) -> BatchProgram:
         platform = jax.default_backend()
-        known = self.exported.platforms
+        known_size = ANY if ANY in self._programs else size
+        if known_size not in self._programs:
+            raise ModelError(
+                f"there is no program for batches of {size} rows",
+                where=self.folder,
+                remedy=f"take one of {', '.join(map(str, self.sizes))}",
+            )
+        exported = self._exported(known_size)
+        known = exported.platforms
         named = "cuda" if platform == "gpu" else platform
         if named not in known:
             raise ModelError(
@@ -388,7 +410,7 @@ class Artifact:
             for tensor in self.inputs
         }
         return BatchProgram(
-            self.exported,
+            exported,
             self._on_device,
             shapes,
             size,
@@ -498,7 +520,8 @@ def _read_parts(
 
         serving = Serving.load(folder / SERVING)
     try:
-        program = (folder / PROGRAM).read_bytes()
+        wanted = manifest.sizes or (ANY,)
+        programs = {size: (folder / _file_of(size)).read_bytes() for size in wanted}
         has_metrics = (folder / MEASURE).is_file()
         measure = (folder / MEASURE).read_bytes() if has_metrics else b""
         weights = read_tensors(folder / WEIGHTS)
@@ -514,7 +537,7 @@ def _read_parts(
     profile = None if serving is None else serving.profile
     return making.Parts(
         manifest,
-        program,
+        programs,
         measure,
         weights,
         serving,
@@ -522,6 +545,12 @@ def _read_parts(
         stored,
         training,
     )
+
+
+def _file_of(size: int) -> str:
+    """Return the file of the program for a batch size; -1: any."""
+    path = Path(PROGRAM)
+    return PROGRAM if size == ANY else f"{path.stem}-{size}{path.suffix}"
 
 
 def _predictions(outputs: Mapping[str, np.ndarray]) -> Any:

@@ -123,7 +123,9 @@ def check(
     """
     for name, checksum in expected.items():
         path = folder / name
-        if not path.is_file():
+        if not _is_inside(name):
+            fault = f"{name!r} leads out of it"
+        elif not path.is_file():
             fault = f"{name} is missing"
         elif _checksum(path) != checksum:
             fault = f"{name} is not as it was written"
@@ -205,9 +207,13 @@ def _unpack(place: Path, folder: Path) -> None:
 
 def _check_inside(name: str) -> None:
     """Raise ValueError if a name in a zip file leads out of its folder."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name:
+    if not _is_inside(name):
         raise ValueError(f"the name {name!r} leads out of the artifact")
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in name
 
 
 def _checksum(path: Path) -> str:

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax import export
 
-from lepton_jax.errors import ModelError
+from lepton_jax.errors import DataError, ModelError
 from lepton_jax.ship.artifact import columns, measuring, tracing
 from lepton_jax.ship.artifact.manifest import Manifest, made_now
+from lepton_jax.ship.artifact.signature import ANY
 from lepton_jax.ship.artifact.stored import Stored, stored_rows
-from lepton_jax.trees import by_path
 
 INPUTS = "inputs"  # first part of the paths of a program's limits
 
@@ -25,7 +25,7 @@ class Parts(NamedTuple):
 
     Attributes:
       manifest: without the checksums of files.
-      program: the model's program, serialized.
+      programs: the model's programs, serialized, by the rows of a batch; -1: any.
       measure: the program of its loss and metrics, likewise; b"": there is none.
       weights: by path.
       serving: the way from raw rows to inputs; None: there is none.
@@ -35,7 +35,7 @@ class Parts(NamedTuple):
     """
 
     manifest: Manifest
-    program: bytes
+    programs: dict[int, bytes]
     measure: bytes
     weights: dict[str, np.ndarray]
     serving: Any
@@ -68,16 +68,17 @@ def parts_of(
             remedy="call fit, load or resume first",
         )
     model = tracing.traced(trainer)
-    program = tracing.exported(model)
+    programs = tracing.programs_of(model, trainer.recipe.batch_size)
     wanted = {tensor.name: tensor for tensor in model.outputs}
     stored = stored_rows(trainer, rows, wanted)
     held_out = stored.held_out
     metrics, fault = measuring.exported_metrics(trainer, model, held_out)
     serving = trainer.preparation
+    training, unwatched = _training(trainer)
     manifest = Manifest(
         name=name or trainer.recipe.name,
         version=version,
-        made=made_now(tracing.PLATFORMS),
+        made=made_now(programs.platforms),
         inputs=tracing.signature_of(model.inputs),
         outputs=model.outputs,
         columns=columns.columns_of(serving, stored.rows),
@@ -87,27 +88,27 @@ def parts_of(
         step=int(trainer.step),
         limits=_limits(trainer),
         meeting=model.meeting,
+        draws=model.draws,
         batch_size=trainer.recipe.batch_size,
+        sizes=tuple(size for size in programs.by_size if size != ANY),
         notes=(
             *model.left_out,
+            *programs.notes,
             *filter(None, [fault]),
-            *_notes(
-                trainer,
-                stored,
-                rows,
-            ),
+            *unwatched,
+            *_notes(trainer, stored, rows),
         ),
     )
     profile = None if serving is None else serving.training_profile()
     return Parts(
         manifest,
-        bytes(program.serialize()),
-        bytes(metrics.serialize()) if metrics is not None else b"",
+        {size: _bytes(program) for size, program in programs.by_size.items()},
+        b"" if metrics is None else _bytes(metrics),
         model.weights,
         serving,
         profile,
         stored,
-        _training(trainer),
+        training,
     )
 
 
@@ -126,14 +127,24 @@ def deserialized(content: bytes) -> export.Exported:
 # ---- internals ----
 
 
-def _training(trainer: Any) -> str | None:
+def _training(trainer: Any) -> tuple[str | None, list[str]]:
+    """Return what the rows of training looked like, or a note why it is not known."""
     if find_spec("polars") is None:
-        return None
+        return None, ["drift can't be watched: polars is not installed"]
     # only here: a model of arrays alone does not need the library for tables
     from lepton_jax.ship.watch.reference import training_rows
 
-    known = training_rows(trainer)
-    return None if known is None else known.to_json()
+    try:
+        known = training_rows(trainer)
+    except DataError as error:
+        return None, [f"drift can't be watched: {error.what}"]
+    if known is None:
+        return None, ["drift can't be watched: the rows of training are not at hand"]
+    return known.to_json(), []
+
+
+def _bytes(program: export.Exported) -> bytes:
+    return bytes(program.serialize())
 
 
 def _labels(serving: Any) -> tuple[Any, ...]:
@@ -168,6 +179,7 @@ def _recipe(trainer: Any) -> dict[str, Any]:
             )
         ),
         "model": trainer.program.trace.functional.name,
+        "precision": trainer.recipe.precision,
         "run": None if trainer.run_dir is None else str(Path(trainer.run_dir)),
     }
 
@@ -195,7 +207,6 @@ def _notes(
         notes.append("the stored rows are arrays: their raw rows are not at hand")
     if trainer.recipe.test is None:
         notes.append("there are no metrics: the recipe has no test data")
-    tables = by_path(trainer.program.trace.inputs)
     if trainer.preparation is None:
-        notes.append(f"it takes arrays alone ({len(tables)}): there is no preparation")
+        notes.append("it takes arrays alone: the recipe has no preparation of raw rows")
     return notes

@@ -38,6 +38,10 @@ from lepton_jax.trees import by_path
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 BATCH = "batch"  # name of the symbolic extent
+DRAWS = "the model draws random numbers for each place in a batch"
+# Batch sizes of a model that can't be lowered for any; assumption: a request alone, a
+# few at once, many.
+FIXED = (1, 8, 64)
 
 Arrays = Mapping[str, Any]
 
@@ -53,6 +57,7 @@ class Traced(NamedTuple):
       dims: of each of these the place of its rows in what the model itself returns.
       left_out: reasons why leaves of the outputs are not returned.
       meeting: the reason why a row's outputs depend on its batch; None: they do not.
+      draws: whether it draws random numbers for each place in a batch.
     """
 
     run: Callable[[Arrays, Arrays], dict[str, Any]]
@@ -62,6 +67,21 @@ class Traced(NamedTuple):
     dims: dict[str, int]
     left_out: tuple[str, ...]
     meeting: str | None
+    draws: bool
+
+
+class Programs(NamedTuple):
+    """A model's programs.
+
+    Attributes:
+      by_size: by the rows of a batch; -1: any.
+      platforms: that they are for.
+      notes: what could not be had, and why.
+    """
+
+    by_size: dict[int, export.Exported]
+    platforms: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def traced(trainer: Any) -> Traced:
@@ -112,6 +132,9 @@ def traced(trainer: Any) -> Traced:
         )
         for name, leaf in batch.items()
     )
+    program = jax.make_jaxpr(run)(weights, model.inputs)
+    is_random = draws(program.jaxpr) > 0
+    meeting = trainer.program.prediction().meeting
     return Traced(
         run,
         weights,
@@ -119,13 +142,8 @@ def traced(trainer: Any) -> Traced:
         outputs,
         kept,
         tuple(left_out),
-        _meeting(
-            trainer,
-            jax.make_jaxpr(run)(
-                weights,
-                model.inputs,
-            ).jaxpr,
-        ),
+        meeting or (DRAWS if is_random else None),
+        is_random,
     )
 
 
@@ -162,6 +180,51 @@ def exported(
         )
 
 
+def programs_of(model: Traced, batch_size: int) -> Programs:
+    """Return a model's program for any batch size, or else for some of them.
+
+    Likewise it is for all platforms, or else for those that it can be lowered for.
+
+    Args:
+      model: what `traced` returned.
+      batch_size: of the recipe.
+
+    Raises:
+      ModelError: it can't be lowered for the recipe's own batch size.
+    """
+    try:
+        return Programs(
+            {ANY: exported(model)},
+            PLATFORMS,
+            (),
+        )
+    except Exception as error:  # the model's code, with a symbolic extent
+        reason = _first_line(error)
+    platforms, notes = _platforms(model, batch_size)
+    if platforms != PLATFORMS:
+        try:
+            program = exported(model, None, platforms)
+        except Exception as error:  # the same
+            reason = _first_line(error)
+        else:
+            return Programs(
+                {ANY: program},
+                platforms,
+                tuple(notes),
+            )
+    sizes = sorted({*FIXED, batch_size})
+    notes.append(f"it has programs of the batch sizes {sizes} alone: {reason}")
+    programs = {
+        size: exported(
+            model,
+            size,
+            platforms,
+        )
+        for size in sizes
+    }
+    return Programs(programs, platforms, tuple(notes))
+
+
 def signature_of(inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """Return the signature of a program's inputs.
 
@@ -184,6 +247,38 @@ def decoder_of(recipe: Any) -> Callable[[Any], Any]:
 
 
 # ---- internals ----
+
+
+def _platforms(
+    model: Traced,
+    size: int,
+) -> tuple[tuple[str, ...], list[str]]:
+    """Return the platforms that a model can be lowered for, and why not for others.
+
+    Raises:
+      ModelError: it can be lowered for none.
+    """
+    known = []
+    notes = []
+    for platform in PLATFORMS:
+        try:
+            exported(model, size, (platform,))
+        except Exception as error:  # an operation that this platform lacks
+            notes.append(f"it has no program for {platform}: {_first_line(error)}")
+        else:
+            known.append(platform)
+    if not known:
+        raise ModelError(
+            f"the model can't be exported: {'; '.join(notes)}",
+            where="Recipe.model",
+            remedy="leave out what the message names outside of training",
+        )
+    return tuple(known), notes
+
+
+def _first_line(error: BaseException) -> str:
+    message = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {message}"
 
 
 class _Model:
@@ -245,17 +340,6 @@ def _used(
     pairs = zip(paths, is_used, strict=False)  # the inputs come after them
     used = {path for path, is_read in pairs if is_read}
     return [path for path in shapes if path in used]
-
-
-def _meeting(
-    trainer: Any,
-    program: Any,
-) -> str | None:
-    """Return the reason why a row's outputs depend on its batch; None: they do not."""
-    meeting = trainer.program.prediction().meeting
-    if meeting is None and draws(program):
-        return "the model draws random numbers for each place in a batch"
-    return meeting
 
 
 def _with_rows(trainer: Any) -> tuple[dict[str, int], list[str]]:

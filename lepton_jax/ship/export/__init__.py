@@ -13,7 +13,13 @@ from lepton_jax.ship.artifact import tracing
 from lepton_jax.ship.artifact.artifact import Artifact
 from lepton_jax.ship.export.iree import IREE
 from lepton_jax.ship.export.onnx import ONNX
-from lepton_jax.ship.export.parity import Parity, compare, write_parity
+from lepton_jax.ship.export.parity import (
+    Parity,
+    check_rows,
+    compare,
+    compare_opened,
+    write_parity,
+)
 from lepton_jax.ship.export.stablehlo import Safetensors, StableHLO
 from lepton_jax.ship.export.target import (
     SIGNATURE,
@@ -33,6 +39,7 @@ __all__ = [
     "Target",
     "check",
     "compare",
+    "compare_opened",
     "export",
     "live_source",
     "source_of",
@@ -133,6 +140,9 @@ def export(
     place = Path(place)
     _check_free(place)
     check(target, source, options)
+    replays = replays and _runs_here(target, options)
+    if replays and target.is_program:
+        check_rows(artifact)
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         dir=place.parent, prefix=f".{place.name}."
@@ -144,7 +154,7 @@ def export(
             artifact.serving.save(folder / "serving")
         (folder / "manifest.json").write_text(artifact.manifest.to_json())
         parity = None
-        if replays and _runs_here(target, options):
+        if replays:
             parity = compare(
                 artifact,
                 target,

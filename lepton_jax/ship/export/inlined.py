@@ -157,7 +157,14 @@ class _Inlined:
                     (*callers, eqn),
                 )
         rule = self._rules.get(eqn.primitive.name)
-        replaced = None if rule is None else rule(inputs, eqn.params)
+        replaced = (
+            None
+            if rule is None
+            else rule(
+                inputs,
+                eqn.params,
+            )
+        )
         if replaced is not None:
             return replaced
         params = eqn.primitive.get_bind_params(eqn.params)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval
 
-from lepton_jax.compat import static_text
+from lepton_jax.compat import ClosedJaxpr, static_text
 from lepton_jax.ship.export import inlined
 from lepton_jax.ship.export.rules import Rule
 from lepton_jax.ship.export.target import Source
@@ -27,12 +28,34 @@ def operations(
     """
     if not source.is_live:
         return source.closed()
-    program = jax.make_jaxpr(source.closed())(*inputs)
+    program = traced(source, inputs)
 
     def function(*arrays: Any) -> tuple[Any, ...]:
-        return tuple(inlined.run(program, arrays, rules=rules))
+        return tuple(
+            inlined.run(
+                program,
+                arrays,
+                rules=rules,
+            )
+        )
 
     return function
+
+
+def traced(source: Source, inputs: Sequence[Any]) -> ClosedJaxpr:
+    """Return a model's program without what its outputs do not depend on.
+
+    A module that could draw random numbers makes a key for them in any case, and a
+    converter that can't would refuse the model for it.
+
+    Args:
+      source: the model.
+      inputs: shapes of its inputs, in their order.
+    """
+    program = jax.make_jaxpr(source.closed())(*inputs)
+    wanted = [True] * len(program.jaxpr.outvars)
+    needed, _ = partial_eval.dce_jaxpr(program.jaxpr, wanted, instantiate=True)
+    return ClosedJaxpr(needed, program.consts)
 
 
 def lowered_text(

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from lepton_jax.ship.export import inlined
-from lepton_jax.ship.export.lowering import operations
+from lepton_jax.ship.export.lowering import operations, traced
 from lepton_jax.ship.export.rules import FOR_ONNX
 from lepton_jax.ship.export.target import (
     Options,
@@ -32,6 +32,7 @@ TALKATIVE = ("jax2onnx", "onnx_ir")
 BATCH = "B"  # ONNX's name of the dynamic dim
 TRACED = 2  # rows of the batch that is looked through; assumption: as any other
 MOST_NAMED = 3  # operations that a message names
+RANDOM = ("random_", "threefry", "rng_")  # beginnings of what draws random numbers
 
 
 class ONNX(Target):
@@ -119,11 +120,15 @@ def _unknown(source: Source) -> list[str]:
     system = needs("jax2onnx.plugins.plugin_system", extra="onnx", purpose="--to onnx")
     _hush()
     system.import_all_plugins()
-    shapes = source.shapes(TRACED)
-    program = jax.make_jaxpr(source.closed())(*shapes.values())
+    program = traced(source, list(source.shapes(TRACED).values()))
     found: dict[str, str] = {}
     for eqn, callers in inlined.equations(program):
         name = eqn.primitive.name
-        if name not in FOR_ONNX and name not in system.PLUGIN_REGISTRY:
-            found.setdefault(name, inlined.place_of(eqn, callers))
+        is_known = name in FOR_ONNX or name in system.PLUGIN_REGISTRY
+        # ONNX draws other random numbers than JAX
+        if not is_known or name.startswith(RANDOM):
+            found.setdefault(
+                name,
+                inlined.place_of(eqn, callers),
+            )
     return [f"{name} ({line})" for name, line in found.items()]

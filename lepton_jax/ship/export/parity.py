@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,11 @@ from lepton_jax.ship.artifact.signature import PREDICTION
 from lepton_jax.ship.export import probing, replay
 from lepton_jax.ship.export.target import SIGNATURE, Options, Source, Target
 
-TOLERANCE = 1e-5  # of float32, relative to a row's largest output, or to 1
+# Largest difference, relative to a row's largest output, or to 1, by the precision that
+# the model computes in. Of the low ones: four times their last place, for a runtime
+# may round between two operations where XLA does not. Assumption.
+TOLERANCE = 1e-5
+TOLERANCES = {"float32": TOLERANCE, "bfloat16": 2.0**-6, "float16": 2.0**-9}
 SECONDS = 600.0  # that a replay may take; assumption
 PARITY = "parity.json"
 
@@ -44,8 +48,8 @@ class Parity:
       scaled: the same, relative to the row's largest output, or to 1.
       labels: rows of which a whole-number prediction differs.
       worst: name of the output with the largest difference.
-      departs: the first layer that differs by more than `TOLERANCE`; "none"; or why it
-        is not known.
+      departs: the first layer that differs by more than the tolerance; "none"; or why
+        it is not known.
       metrics: by name, on the stored held-out rows: of the trainer, and of the target.
       runtime: that ran it.
       tolerance: that `passes` is judged by.
@@ -115,33 +119,56 @@ def compare(
         refuses.
       ModelError: the runtime fails.
     """
-    stored = artifact.stored
     if not target.is_program:
         return _of_weights(artifact, target, folder, python)
-    if not len(stored):
-        raise DataError(
-            "the artifact has no stored rows to replay",
-            where=artifact.folder,
-            remedy="export the run with --rows 200",
-        )
+    check_rows(artifact)
     refused = _check_refused(artifact)
-    inputs = stored.inputs if stored.rows is None else artifact.prepare(stored.rows)
+    inputs = _inputs(artifact)
     found = replayed(folder, inputs, python)
-    result = compared(target.name, stored.outputs, found)
-    metrics = _metrics(artifact, found)
-    departs = result.departs
-    if not result.passes:
-        departs = _departs(source, target, inputs, python, options)
-    fields = {
-        **asdict(result),
-        "rows": len(stored),
-        "are_raw": stored.rows is not None,
-        "refused": refused,
-        "metrics": metrics,
-        "departs": departs,
-        "runtime": target.runtime,
-    }
-    return Parity(**fields)
+    parity = _told(
+        artifact,
+        target.name,
+        target.runtime,
+        refused,
+        found,
+    )
+    if parity.passes:
+        return parity
+    departs = _departs(source, target, inputs, python, options)
+    return replace(parity, departs=departs)
+
+
+def compare_opened(artifact: Artifact) -> Parity | None:
+    """Compare an artifact that was opened with the trainer's outputs on its rows.
+
+    Args:
+      artifact: an opened one.
+
+    Returns:
+      The comparison; None: it has no stored rows.
+
+    Raises:
+      DataError: it predicts a row that the trainer refuses.
+    """
+    if not len(artifact.stored):
+        return None
+    refused = _check_refused(artifact)
+    found = artifact.run(_inputs(artifact))
+    return _told(artifact, "lepton", "Lepton", refused, found)
+
+
+def check_rows(artifact: Artifact) -> None:
+    """Check that an artifact has rows to replay.
+
+    Raises:
+      DataError: it has none.
+    """
+    if not len(artifact.stored):
+        raise DataError(
+            "there are no stored rows to compare with the trainer",
+            where=artifact.folder,
+            remedy="export the run, whose recipe has the data; or give --no-replay",
+        )
 
 
 def compared(
@@ -177,12 +204,7 @@ def compared(
         if gap > scaled:
             worst = name
             scaled = gap
-            difference = float(
-                np.nanmax(
-                    np.abs(leaf - found[name]),
-                    initial=0.0,
-                )
-            )
+            difference = _absolute(leaf, found[name])
     return Parity(
         target=target,
         rows=len(next(iter(expected.values()))),
@@ -244,6 +266,31 @@ def write_parity(parity: Parity, folder: Path) -> None:
 
 
 # ---- internals ----
+
+
+def _inputs(artifact: Artifact) -> dict[str, np.ndarray]:
+    """Return the inputs of the stored rows, as the artifact prepares raw ones."""
+    stored = artifact.stored
+    return stored.inputs if stored.rows is None else artifact.prepare(stored.rows)
+
+
+def _told(
+    artifact: Artifact,
+    target: str,
+    runtime: str,
+    refused: int,
+    found: Mapping[str, np.ndarray],
+) -> Parity:
+    """Return the comparison of outputs with those that an artifact has stored."""
+    precision = artifact.manifest.recipe.get("precision", "float32")
+    return replace(
+        compared(target, artifact.stored.outputs, found),
+        are_raw=artifact.stored.rows is not None,
+        refused=refused,
+        metrics=_metrics(artifact, found),
+        runtime=runtime,
+        tolerance=TOLERANCES.get(precision, TOLERANCE),
+    )
 
 
 def _largest(
@@ -335,6 +382,15 @@ def _departs(
     }
     first = probing.first_departure(arrays, found, TOLERANCE)
     return first or "none of the layers by itself"
+
+
+def _absolute(expected: np.ndarray, found: np.ndarray) -> float:
+    """Return the largest difference of two numbers; NaN does not count."""
+    if expected.shape != found.shape:
+        return float("inf")
+    with np.errstate(invalid="ignore"):  # infinity from infinity
+        gaps = np.abs(np.asarray(expected, np.float64) - found)
+    return float(np.where(np.isnan(gaps), 0.0, gaps).max(initial=0.0))
 
 
 def _of_weights(

@@ -83,7 +83,10 @@ def window_sum(
     ]
 
 
-def select(operands: list[Any], params: Mapping[str, Any]) -> list[Any] | None:
+def select(
+    operands: list[Any],
+    params: Mapping[str, Any],
+) -> list[Any] | None:
     """Choose between two arrays of truth values, or of unsigned integers.
 
     ONNX Runtime 1.32 has no `Where` for these types.
@@ -96,8 +99,43 @@ def select(operands: list[Any], params: Mapping[str, Any]) -> list[Any] | None:
         return [(which & on) | (~which & off)]
     if off.dtype not in (jnp.uint16, jnp.uint32):
         return None
-    chosen = jnp.where(which, on.astype(jnp.int32), off.astype(jnp.int32))
+    chosen = jnp.where(
+        which,
+        on.astype(jnp.int32),
+        off.astype(jnp.int32),
+    )
     return [chosen.astype(off.dtype)]
+
+
+def comparison(name: str) -> Rule:
+    """Return the rule that compares unsigned integers as signed ones.
+
+    TensorFlow Lite 2.21 compares no unsigned integers of 16 or 32 bits. Those of a
+    model are numbers of rows in a table, far below 2^31.
+
+    Args:
+      name: of the operation: "lt", "le", "gt" or "ge".
+    """
+
+    def compare(
+        operands: list[Any],
+        params: Mapping[str, Any],
+    ) -> list[Any] | None:
+        left, right = operands
+        if left.dtype not in (jnp.uint16, jnp.uint32):
+            return None
+        signed = [operand.astype(jnp.int32) for operand in (left, right)]
+        return [COMPARISONS[name](*signed)]
+
+    return compare
+
+
+COMPARISONS = {
+    "lt": jax.lax.lt,
+    "le": jax.lax.le,
+    "gt": jax.lax.gt,
+    "ge": jax.lax.ge,
+}
 
 
 def batched_product(
@@ -117,13 +155,28 @@ def batched_product(
     right_free = _others(right, right_sum, right_batch)
     if left_free and right_free:
         return None
-    left = jnp.transpose(left, (*left_batch, *left_free, *left_sum))
-    right = jnp.transpose(right, (*right_batch, *right_free, *right_sum))
+    left = jnp.transpose(
+        left,
+        (*left_batch, *left_free, *left_sum),
+    )
+    right = jnp.transpose(
+        right,
+        (*right_batch, *right_free, *right_sum),
+    )
     count = len(left_batch)
-    left = jnp.expand_dims(left, range(count, count + len(right_free)))
-    right = jnp.expand_dims(right, range(count, count + len(left_free)))
+    left = jnp.expand_dims(
+        left,
+        range(count, count + len(right_free)),
+    )
+    right = jnp.expand_dims(
+        right,
+        range(count, count + len(left_free)),
+    )
     summed = range(-len(left_sum), 0)
-    product = jnp.sum(left * right, axis=tuple(summed))
+    product = jnp.sum(
+        left * right,
+        axis=tuple(summed),
+    )
     kind = params["preferred_element_type"] or product.dtype
     return [product.astype(kind)]
 
@@ -135,7 +188,10 @@ POOLING: dict[str, Rule] = {
     "reduce_window_sum": window_sum,
 }
 FOR_ONNX: dict[str, Rule] = {**POOLING, "select_n": select}
-FOR_LITERT: dict[str, Rule] = {"argmax": argmax}
+FOR_LITERT: dict[str, Rule] = {
+    "argmax": argmax,
+    **{name: comparison(name) for name in COMPARISONS},
+}
 FOR_IREE: dict[str, Rule] = {"dot_general": batched_product}
 
 

@@ -22,6 +22,7 @@ from lepton_jax.ship.serve.signature import LABEL
 
 JSON = b"application/json"
 BINARY = b"application/octet-stream"
+MILLI = 1e3  # of a second
 # Threads that prepare raw rows; Polars has threads of its own (assumption).
 PREPARERS = 2
 # Rows of a request that are explained: occlusion runs the model once for each part of a
@@ -183,7 +184,7 @@ class Answering:
             except LeptonError as error:
                 raise raw.refusal_of(error) from error
         if served.meter is not None:
-            served.meter.arrays(inputs)
+            self.models.afterwards.do(served.meter.arrays, inputs)
         done = await served.batcher.submit(
             inputs,
             request.rows,
@@ -271,7 +272,7 @@ def _written(
         served.signature.outputs,
         explanation and {"explanation": explanation},
     )
-    headers = [(b"lepton-batch-size", b"%d" % done.size)]
+    headers = _headers(done)
     kind = JSON
     if json_length is not None:
         kind = BINARY
@@ -309,9 +310,24 @@ def _in_words(
         asked.visit.mark("write")
     return Answer(
         body,
-        headers=[(b"lepton-batch-size", b"%d" % done.size)],
+        headers=_headers(done),
         done=done,
     )
+
+
+def _headers(done: Done) -> list[tuple[bytes, bytes]]:
+    """Return the headers that tell how an answer came about.
+
+    Server-Timing is W3C's, in milliseconds: https://www.w3.org/TR/server-timing/
+    """
+    timing = b"queue;dur=%.3f, compute;dur=%.3f" % (
+        MILLI * done.waited,
+        MILLI * done.computed,
+    )
+    return [
+        (b"lepton-batch-size", b"%d" % done.size),
+        (b"server-timing", timing),
+    ]
 
 
 def _with_label(

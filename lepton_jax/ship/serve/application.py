@@ -135,7 +135,8 @@ class Application:
             return
         headers = dict(scope["headers"])
         call = Call(scope, headers, receive)
-        if self.meter is not None:
+        # probes, metadata and metrics are asked all the time, and are no predictions
+        if self.meter is not None and scope["method"] == "POST":
             call.visit = self._arrived(headers)
         try:
             answer = await self._answer(call)
@@ -244,8 +245,7 @@ class Application:
     async def _asked(self, call: Call) -> Asked:
         """Return a request for inference; its body is read after all is known."""
         name, version = _model_of(call)
-        if self.phase is Phase.LOADING and not self.models.all():
-            raise busy("the models are being loaded")
+        self._check_loaded()
         if not call.has_arrived():
             # a model that is not there is said before megabytes are sent
             self.models.find(name, version)
@@ -258,6 +258,15 @@ class Application:
             call.is_gone,
             call.visit,
         )
+
+    def _check_loaded(self) -> None:
+        """Check that it is known which models there are.
+
+        Raises:
+          Refusal: 503, no artifact has been opened yet.
+        """
+        if self.phase is not Phase.READY and not self.models.all():
+            raise busy(f"the server is {self.phase.value}")
 
     # ---- health and metadata ----
 
@@ -290,11 +299,13 @@ class Application:
 
     async def _model(self, call: Call) -> Answer:
         name, version = _model_of(call)
+        self._check_loaded()
         served = self.models.find(name, version)
         return as_json(served.metadata(self.models.versions(name)))
 
     async def _model_ready(self, call: Call) -> Answer:
         name, version = _model_of(call)
+        self._check_loaded()
         served = self.models.find(name, version)
         if self.phase is Phase.LEAVING:
             raise busy("the server is leaving")
@@ -315,7 +326,7 @@ async def read_body(call: Call, guards: Guards) -> bytes:
     """
     guards.check_length(call.headers)
     if call.has_arrived():
-        body = await _whole(call, guards)
+        body: bytes = (await call.receive())["body"]
     else:
         try:
             async with asyncio.timeout(guards.body_seconds):
@@ -385,10 +396,8 @@ def _model_of(call: Call) -> tuple[str, str | None]:
 
 
 async def _whole(call: Call, guards: Guards) -> bytes:
-    """Return a body, which may come in parts."""
+    """Return a body that comes in parts."""
     message = await _part(call)
-    if not message["more_body"]:
-        return bytes(message["body"])
     parts = [message["body"]]
     size = len(parts[0])
     while message["more_body"]:
@@ -431,9 +440,10 @@ async def _send(send: Send, call: Call, answer: Answer) -> None:
     headers = [
         (b"content-type", answer.kind),
         (b"content-length", b"%d" % len(answer.body)),
-        *GUARDS,
         *answer.headers,
     ]
+    if call.scope["method"] == "GET":
+        headers.extend(GUARDS)
     if call.visit is not None:
         headers.append((b"x-request-id", call.visit.id.encode()))
     await send(

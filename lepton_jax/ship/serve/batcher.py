@@ -90,9 +90,9 @@ class Ticket:
     rows: int
     priority: int
     entered: float
+    deadline: float  # when it has waited for too long
     future: asyncio.Future[Done]
     is_gone: Callable[[], bool]
-    timer: asyncio.TimerHandle | None = None
     taken: float = 0.0
 
 
@@ -118,6 +118,8 @@ class Batcher:
       together: whether rows of several requests may share a batch; not so for a program
         in which a row's result depends on the others.
       afterwards: what is done when the clients have their answers.
+      is_alone: whether the server has no other request under way, so that nobody can
+        share a batch.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class Batcher:
         meter: Any = None,
         together: bool = True,
         afterwards: Afterwards | None = None,
+        is_alone: Callable[[], bool] = lambda: False,
     ):
         self.ladder = ladder
         self.limits = limits or Limits()
@@ -136,12 +139,15 @@ class Batcher:
         self._programs = programs
         self._meter = meter
         self._afterwards = afterwards or Afterwards()
+        self._is_alone = is_alone
         self._queues: dict[int, deque[Ticket]] = {
             priority: deque() for priority in PRIORITIES
         }
         self._loop = asyncio.get_running_loop()
         self._running: Batch | None = None
         self._planned: asyncio.Handle | None = None  # the next look at the queue
+        self._timer: asyncio.TimerHandle | None = None  # of the first deadline
+        self._expires = 0.0  # when it goes off
         self._worker: ThreadPoolExecutor | None = None
         self._is_closed = False
         if meter is not None:
@@ -181,7 +187,12 @@ class Batcher:
             self._enter(part, count, priority, seconds, is_gone)
             for part, count in self._parts(inputs, rows)
         ]
-        self._plan()
+        if self._is_alone():
+            self._next()
+        else:
+            self._plan()
+        if not tickets[-1].taken:
+            self._watch_for(tickets[-1].deadline)
         try:
             if len(tickets) == 1:
                 return await tickets[0].future
@@ -268,8 +279,7 @@ class Batcher:
     ) -> Ticket:
         future: asyncio.Future[Done] = self._loop.create_future()
         now = time.perf_counter()
-        ticket = Ticket(inputs, rows, priority, now, future, is_gone)
-        ticket.timer = self._loop.call_later(seconds, self._expire, ticket)
+        ticket = Ticket(inputs, rows, priority, now, now + seconds, future, is_gone)
         self._queues[priority].append(ticket)
         self.waiting += rows
         return ticket
@@ -284,8 +294,6 @@ class Batcher:
 
     def _leave(self, ticket: Ticket) -> None:
         """Take a ticket out of the count of those that wait."""
-        assert ticket.timer is not None
-        ticket.timer.cancel()
         self.waiting -= ticket.rows
         ticket.taken = time.perf_counter()
 
@@ -303,12 +311,30 @@ class Batcher:
         ticket.inputs = {}
         ticket.future.set_exception(refusal)
 
-    def _expire(self, ticket: Ticket) -> None:
-        waited = time.perf_counter() - ticket.entered
-        self._refuse(
-            ticket,
-            late(f"no batch was free within {waited:.3g} s"),
-        )
+    def _watch_for(self, deadline: float) -> None:
+        """Look at the queue at a deadline.
+
+        One timer, of the first deadline, serves all that wait.
+        """
+        if self._timer is not None:
+            if self._expires <= deadline:
+                return
+            self._timer.cancel()
+        self._expires = deadline
+        delay = max(0.0, deadline - time.perf_counter())
+        self._timer = self._loop.call_later(delay, self._expire)
+
+    def _expire(self) -> None:
+        """Refuse those that have waited for too long."""
+        self._timer = None
+        now = time.perf_counter()
+        for ticket in self._waiting_tickets():
+            if ticket.deadline <= now:
+                waited = now - ticket.entered
+                self._refuse(ticket, late(f"no batch was free within {waited:.3g} s"))
+        left = [ticket.deadline for ticket in self._waiting_tickets()]
+        if left:
+            self._watch_for(min(left))
 
     # ---- batches ----
 

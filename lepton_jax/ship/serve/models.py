@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,6 +163,8 @@ class Models:
         self.canaries: dict[str, Canary] = {}
         self.shadows: dict[str, str] = {}
         self.afterwards = Afterwards()
+        # Whether there is one request under way; a server knows.
+        self.is_alone: Callable[[], bool] = lambda: False
         self._sizes = sizes
         self._meter = meter
         self._versions: dict[str, dict[str, Served]] = {}
@@ -191,7 +193,9 @@ class Models:
                 self._loader, warm, artifact, self._sizes, self._is_stopped.is_set
             )
         finally:
-            expected.discard(version)
+            # a server that leaves while it loads has not forgotten the model
+            if not self._is_stopped.is_set():
+                expected.discard(version)
             if not expected:
                 del self._expected[name]
 
@@ -205,6 +209,7 @@ class Models:
             meter,
             ready.together,
             self.afterwards,
+            lambda: self.is_alone(),
         )
         served = Served(
             name, version, artifact, place, signature, ready, batcher, meter

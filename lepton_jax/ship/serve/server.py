@@ -158,6 +158,8 @@ class Server(uvicorn.Server):
                 ssl_keyfile=where.key,
             )
         )
+        tasks = self.server_state.tasks
+        application.models.is_alone = lambda: len(tasks) == 1
 
     # ---- uvicorn's hooks ----
 

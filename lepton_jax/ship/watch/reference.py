@@ -103,14 +103,17 @@ def training_rows(trainer: Any) -> Reference | None:
       trainer: a `Trainer` that has a model.
 
     Returns:
-      The reference; None: the rows are not at hand any more.
+      The reference, of raw rows if there are any and their sources are still there;
+      None: not even the arrays are at hand.
 
     Raises:
       DataError: a source can't be read any more.
     """
     serving = trainer.preparation
     if serving is not None and not _has_pictures(serving):
-        return of_raw_rows(serving)
+        known = of_raw_rows(serving)
+        if known is not None:
+            return known
     if trainer.recipe.train is None:
         return None
     samples = samples_of(trainer.program, trainer.recipe.train, SAMPLES)

@@ -3,9 +3,10 @@
     python -m tools.bench.serving.client < JOB.json
 
 It is given {"port", "path", "headers", "body" (a file), "connections", "seconds"}, and
-prints {"latencies": [seconds], "seconds", "statuses": {status: count}, "answer"}. It
-does as little as it can for a response, for it shares the machine with the server: it
-reads the head once, and then counts bytes as long as the length stays the same.
+prints {"latencies": [seconds], "computed": [seconds, by Server-Timing], "statuses":
+{status: count}, "rate": answers a second after the first quarter of the time}. It does
+as little as it can for a response, for it shares the machine with the server: it reads
+the head once, and then counts bytes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
+COMPUTED = re.compile(rb"compute;dur=([0-9.]+)")  # milliseconds
+MILLI = 1e-3
+RAMP = 0.25  # share of the time in which clients connect
 STATUS = slice(9, 12)  # of "HTTP/1.1 200 OK"
 END = b"\r\n\r\n"
 
@@ -33,6 +37,7 @@ class Connection(asyncio.Protocol):
         self._parts = bytearray()
         self._size = 0  # bytes of the response, head included
         self._began = 0.0
+        self._is_over = False
         self._transport: Any = None
 
     def connection_made(self, transport: Any) -> None:
@@ -47,7 +52,7 @@ class Connection(asyncio.Protocol):
             self._take()
 
     def connection_lost(self, error: Exception | None) -> None:
-        if not self._load.is_over:
+        if not self._is_over:
             self._load.statuses["lost"] += 1
             self._load.end()
 
@@ -69,11 +74,14 @@ class Connection(asyncio.Protocol):
         now = time.perf_counter()
         load = self._load
         load.latencies.append(now - self._began)
+        load.counted += load.starts <= now < load.until
         load.statuses[self._parts[STATUS].decode()] += 1
-        load.answer = load.answer or bytes(self._parts)
+        computed = COMPUTED.search(self._parts)
+        load.computed.append(MILLI * float(computed[1]) if computed else 0.0)
         if now < load.until:
             self._send()
         else:
+            self._is_over = True
             load.end()
             self._transport.close()
 
@@ -87,10 +95,11 @@ class Load:
 
     def __init__(self, job: dict[str, Any]):
         self.latencies: list[float] = []
+        self.computed: list[float] = []
         self.statuses: Counter[str] = Counter()
-        self.answer = b""
+        self.counted = 0  # answers from `starts` to `until`
+        self.starts = 0.0
         self.until = 0.0
-        self.is_over = False
         self._job = job
         self._left = job["connections"]
         self._done: asyncio.Event | None = None
@@ -99,7 +108,6 @@ class Load:
         """Note that a connection has ended."""
         self._left -= 1
         if self._left <= 0 and self._done is not None:
-            self.is_over = True
             self._done.set()
 
     async def run(self) -> dict[str, Any]:
@@ -109,6 +117,7 @@ class Load:
         request = _request(job)
         loop = asyncio.get_running_loop()
         began = time.perf_counter()
+        self.starts = began + RAMP * job["seconds"]
         self.until = began + job["seconds"]
         for _ in range(job["connections"]):
             await loop.create_connection(
@@ -117,9 +126,9 @@ class Load:
         await asyncio.wait_for(self._done.wait(), job["seconds"] + 60)
         return {
             "latencies": self.latencies,
-            "seconds": time.perf_counter() - began,
+            "computed": self.computed,
+            "rate": self.counted / (self.until - self.starts),
             "statuses": dict(self.statuses),
-            "answer": self.answer.decode("latin-1"),
         }
 
 

@@ -16,9 +16,6 @@ from typing import Any
 
 import numpy as np
 
-LARGEST = 64  # rows of LitServe's batches
-COLLECT = 0.002  # seconds that LitServe waits for company
-
 
 def function_of(place: str) -> Any:
     """Return the artifact's program under `jit`, from an array to an array."""
@@ -64,45 +61,14 @@ def fastapi(place: str, port: int, in_threads: bool) -> None:
     uvicorn.run(app, port=port, log_level="warning", access_log=False)
 
 
-def litserve(place: str, port: int) -> None:
-    """Serve with LitServe."""
-    import litserve
-
-    class Api(litserve.LitAPI):
-        def setup(self, device: Any) -> None:
-            self.call, self.shape = function_of(place)
-            for size in (1, 2, 4, 8, 16, 32, LARGEST):
-                self.call(np.zeros((size, *self.shape[1:]), np.float32))
-
-        def decode_request(self, request: Any) -> np.ndarray:
-            return np.array(request["inputs"], np.float32).reshape(self.shape[1:])
-
-        def batch(self, inputs: list[np.ndarray]) -> np.ndarray:
-            return np.stack(inputs)
-
-        def predict(self, x: np.ndarray) -> np.ndarray:
-            # XLA compiles for each size: filled up to the next power of two, too
-            size = 1 << (len(x) - 1).bit_length()
-            whole = np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)])
-            return self.call(whole)[: len(x)]
-
-        def unbatch(self, output: np.ndarray) -> list[np.ndarray]:
-            return list(output)
-
-        def encode_response(self, output: np.ndarray) -> dict[str, Any]:
-            return {"outputs": output.tolist()}
-
-    api = Api(max_batch_size=LARGEST, batch_timeout=COLLECT)
-    server = litserve.LitServer(api, accelerator="cpu", timeout=60)
-    server.run(port=port, generate_client_file=False, log_level="error")
-
-
 def main() -> None:
     """Run the server that the command line names."""
     kind, place, port = sys.argv[1:]
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
     if kind == "litserve":
-        litserve(place, int(port))
+        from tools.bench.serving.lit_api import serve
+
+        serve(place, int(port))
     else:
         fastapi(place, int(port), kind == "fastapi-threads")
 
