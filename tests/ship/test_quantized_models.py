@@ -14,6 +14,8 @@ from lepton_jax.ship.shrink import forms, packed, quantization
 from tests.ship import shrinking
 
 pytest.importorskip("qwix", reason="needs the extra quant")
+pytest.importorskip("safetensors", reason="needs the extra ship")
+pytest.importorskip("flatbuffers", reason="needs the extra ship")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
