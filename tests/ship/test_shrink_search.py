@@ -12,6 +12,8 @@ from lepton_jax.ship.shrink.search import Candidate, Frontier
 from tests.ship import shrinking
 
 pytest.importorskip("qwix", reason="needs the extra quant")
+pytest.importorskip("safetensors", reason="needs the extra ship")
+pytest.importorskip("flatbuffers", reason="needs the extra ship")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 

@@ -30,6 +30,10 @@ from lepton_jax.ship.shrink.library import qwix
 NIBBLE = 4  # bits
 LOW_NIBBLE = 0x0F
 
+# Inputs from which on kernels side by side have scales of their own. Assumption: those
+# are then an eighth of the numbers' bytes at most.
+MANY = 32
+
 # Shares of the largest absolute value at which numbers are cut off, of which the one
 # with the least squared error is taken. Cutting off an outlier leaves finer steps to
 # the rest. Assumption: finer choices gain nothing that a metric would show.
@@ -128,14 +132,19 @@ def by_outputs(
 ) -> Form:
     """Return the form of a kernel (..., inputs, outputs): a scale for each output.
 
+    Of many kernels side by side, as those of experts or of the columns of a table, each
+    has scales of its own.
+
     Args:
       shape: of the kernel.
       bits: of a number.
       group: inputs that share a scale, or about so many; None: all.
     """
-    inputs = shape[-2]
+    *outer, inputs, _ = shape
     tile = inputs if group is None else divisor(inputs, group)
-    return Form(bits, shape, (*shape[:-2], tile, 1))
+    if len(outer) == 1 and inputs >= MANY:
+        outer = [1]
+    return Form(bits, shape, (*outer, tile, 1))
 
 
 def by_rows(
