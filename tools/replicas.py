@@ -37,6 +37,7 @@ from tools.bench.cli import surroundings
 from tools.every_row import ROOT, save_trained
 
 PORT = 8_321
+REPLICAS = 2
 CLIENTS = 2
 ROWS = 600  # of each client
 PAUSE = 0.01  # seconds between two rows of a client
@@ -79,6 +80,7 @@ def campaign(folder: Path) -> dict[str, Any]:
         killed = time.monotonic()
         for thread in threads:
             thread.join()
+        shares = answers_by_replica(Path(first.get_session_dir_path()))
     faults: Counter[str] = sum((client.faults for client in clients), Counter())
     return {
         "rows": CLIENTS * ROWS,
@@ -87,6 +89,7 @@ def campaign(folder: Path) -> dict[str, Any]:
         "attempts_lost": dict(faults),
         "seconds_after_the_kill": round(time.monotonic() - killed, 1),
         "longest_wait": round(max(client.longest for client in clients), 2),
+        "answers_by_replica": shares,
     }
 
 
@@ -143,13 +146,19 @@ class Client:
         return {f"x{k}": float(value) for k, value in enumerate(row)}
 
 
-def ask(method: str, path: str, body: bytes | None = None) -> tuple[int, Any]:
+def ask(
+    method: str,
+    path: str,
+    body: bytes | None = None,
+    host: str = "127.0.0.1",
+    port: int = PORT,
+) -> tuple[int, Any]:
     """Return the status and the JSON of an answer.
 
     Raises:
       OSError: there was none.
     """
-    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=TIMEOUT)
+    connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT)
     try:
         connection.request(method, path, body, {"Content-Type": "application/json"})
         answer = connection.getresponse()
@@ -171,8 +180,8 @@ def deploy(artifact: Path, file: Path, first: Any) -> None:
     asked = Deployment(
         "signs",
         (str(artifact),),
-        least=2,
-        most=2,
+        least=REPLICAS,
+        most=REPLICAS,
         arguments=("--batch=1,4",),
     )
     made = config(asked)
@@ -189,13 +198,7 @@ def deploy(artifact: Path, file: Path, first: Any) -> None:
     )
     until = time.monotonic() + PATIENCE
     while done.returncode == 0 and time.monotonic() < until:
-        said = subprocess.run(
-            [*client, "status", "--address", address],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if "RUNNING: 2" in said.stdout:
+        if _running(first.webui_url) == REPLICAS:
             return
         time.sleep(1)
     raise LeptonError(
@@ -205,10 +208,33 @@ def deploy(artifact: Path, file: Path, first: Any) -> None:
     )
 
 
+def answers_by_replica(session: Path) -> list[int]:
+    """Return how many requests each replica has answered, by its log."""
+    logs = (session / "logs" / "serve").glob("replica_signs_*.log")
+    return sorted(log.read_text().count('"POST / 200') for log in logs)
+
+
+def _running(dashboard: str) -> int:
+    """Return how many replicas run, as Ray's dashboard says."""
+    host, _, port = dashboard.rpartition(":")
+    try:
+        _, told = ask("GET", "/api/serve/applications/", port=int(port), host=host)
+    except OSError:
+        return 0
+    found = (told or {}).get("applications", {}).get("signs", {})
+    return sum(
+        replica["state"] == "RUNNING"
+        for deployment in found.get("deployments", {}).values()
+        for replica in deployment.get("replicas", ())
+    )
+
+
 @contextlib.contextmanager
 def cluster() -> Any:
     """Give the two nodes of a cluster."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # else the proxy asks the replica of its own node alone, while it is not busy
+    os.environ["RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING"] = "0"
     # its workers must find Lepton, and whatever else this process finds
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)

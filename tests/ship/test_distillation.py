@@ -8,6 +8,8 @@ import lepton_jax as lepton
 from lepton_jax.ship import Artifact, shrink
 from tests.ship import shrinking
 
+pytest.importorskip("safetensors", reason="needs the extra ship")
+pytest.importorskip("flatbuffers", reason="needs the extra ship")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 

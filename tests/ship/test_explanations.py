@@ -17,6 +17,8 @@ from lepton_jax.ship import Artifact, explain
 from lepton_jax.ship.explain.occlusion import parts_of
 from tests.ship import artifacts
 
+pytest.importorskip("safetensors", reason="needs the extra ship")
+pytest.importorskip("flatbuffers", reason="needs the extra ship")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROWS = 4

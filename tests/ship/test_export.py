@@ -19,7 +19,15 @@ import lepton_jax as lepton
 from lepton_jax.cli import export as command
 from lepton_jax.errors import CheckpointError, ModelError, SettingError
 from lepton_jax.ship import export
-from lepton_jax.ship.export import Options, inlined, lowering, parity, probing, replay
+from lepton_jax.ship.export import (
+    Options,
+    inlined,
+    lowering,
+    onnx,
+    parity,
+    probing,
+    replay,
+)
 from tests.ship import artifacts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -53,6 +61,11 @@ def artifact(trainer) -> lepton.Artifact:
 @pytest.fixture(scope="module")
 def source(artifact, trainer) -> export.Source:
     return export.live_source(artifact, trainer)
+
+
+@pytest.fixture(scope="module")
+def numbers(quick_compilation) -> lepton.Recipe:
+    return artifacts.numbers().recipe
 
 
 # ---- parity ----
@@ -168,9 +181,8 @@ class Meeting(nnx.Module):
 
 
 @pytest.fixture(scope="module")
-def meeting(quick_compilation) -> lepton.Artifact:
-    trained = artifacts.numbers()
-    recipe = trained.recipe.with_(model=Meeting)
+def meeting(numbers) -> lepton.Artifact:
+    recipe = numbers.with_(model=Meeting)
     trainer = lepton.Trainer(recipe, devices=1)
     trainer.fit()
     artifact = lepton.Artifact.of(trainer, rows=50)
@@ -214,8 +226,8 @@ class Careful(nnx.Module):
         return self.out(self.dropout(x))
 
 
-def test_what_no_output_depends_on_is_not_exported():
-    recipe = artifacts.numbers().recipe.with_(model=Careful)
+def test_what_no_output_depends_on_is_not_exported(numbers):
+    recipe = numbers.with_(model=Careful)
     trainer = lepton.Trainer(recipe, devices=1)
     trainer.fit(steps=1)
     source = export.live_source(lepton.Artifact.of(trainer, rows=3), trainer)
@@ -225,10 +237,20 @@ def test_what_no_output_depends_on_is_not_exported():
     assert not any(name.startswith("random") for name in names)
 
 
+def test_outputs_that_are_the_predictions_are_one_value_with_one_name(numbers):
+    recipe = numbers.with_(decode=lambda outputs: outputs)
+    trainer = lepton.Trainer(recipe, devices=1)
+    trainer.fit(steps=1)
+    source = export.live_source(lepton.Artifact.of(trainer, rows=3), trainer)
+    assert [tensor.name for tensor in source.outputs] == ["outputs", "prediction"]
+    kept, aliases = onnx._without_twins(source)
+    assert [tensor.name for tensor in kept.outputs] == ["outputs"]
+    assert aliases == {"outputs": "outputs", "prediction": "outputs"}
+
+
 @needs("onnx")
-def test_onnx_names_an_operation_that_it_has_no_rule_for(tmp_path):
-    trained = artifacts.numbers()
-    recipe = trained.recipe.with_(model=partial(Odd, 12))
+def test_onnx_names_an_operation_that_it_has_no_rule_for(numbers, tmp_path):
+    recipe = numbers.with_(model=partial(Odd, 12))
     trainer = lepton.Trainer(recipe, devices=1)
     trainer.fit(steps=1)
     artifact = lepton.Artifact.of(trainer, rows=3)

@@ -17,6 +17,8 @@ from lepton_jax.ship.shrink.channels import channels_of
 from lepton_jax.ship.shrink.cutting import without, zeroed
 from tests.ship import shrinking
 
+pytest.importorskip("safetensors", reason="needs the extra ship")
+pytest.importorskip("flatbuffers", reason="needs the extra ship")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import struct
+import types
 import zlib
 from pathlib import Path
 
@@ -572,3 +573,30 @@ def test_a_picture_is_told_from_the_shape_of_the_only_input():
         "span": 0.5,
     }
     assert np.shape(facts["example"]["x"]) == (8, 8, 1)
+
+
+class Meter:
+    """Keeps the statuses that it is told of."""
+
+    def __init__(self):
+        self.left = []
+
+    def arrive(self, identity, parent):
+        return types.SimpleNamespace(id="1", charge=None)
+
+    def leave(self, visit, status):
+        self.left.append(status)
+
+
+@ask(standins.linear)
+async def test_probes_and_metadata_are_no_requests_to_count(client):
+    client.application.meter = meter = Meter()
+    client.application.phase = Phase.LOADING
+    assert (await client("GET", "/v2/health/ready"))[0] == 503
+    client.application.phase = Phase.READY
+    for path in ("/v2/health/ready", "/v2/models/linear", "/v2/models/gone"):
+        await client("GET", path)
+    await client("POST", "/v2/models/gone/infer", ONE)
+    client.application.models.afterwards.flush()
+
+    assert meter.left == [404]

@@ -12,6 +12,8 @@ from lepton_jax.ship.shrink.search import Candidate, Frontier
 from tests.ship import shrinking
 
 pytest.importorskip("qwix", reason="needs the extra quant")
+pytest.importorskip("safetensors", reason="needs the extra ship")
+pytest.importorskip("flatbuffers", reason="needs the extra ship")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
@@ -45,6 +47,15 @@ def test_where_four_bits_lose_the_metric_as_few_weights_as_needed_get_eight(trai
     four = next(one for one in frontier.candidates if one.name == "w4")
     eight = next(one for one in frontier.candidates if one.name == "w8")
     assert not four.keeps and four.nbytes < spared[0].nbytes <= eight.nbytes
+
+
+def test_cut_models_are_trained_and_measured_next_to_the_whole_one(trained):
+    frontier = shrink.search(trained, "pruned", keep=0.9, epochs=2)
+    sizes = [one.nbytes for one in frontier.candidates]
+    assert len(sizes) == 3 and max(sizes) < frontier.whole.nbytes
+    assert frontier.chosen is not None
+    kernel = frontier.trainer.state.params["layers"][0]["kernel"]
+    assert kernel.shape[1] <= 64
 
 
 def test_sparsity_that_nothing_runs_is_said_to_save_nothing(trained):

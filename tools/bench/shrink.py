@@ -128,7 +128,7 @@ class Models:
             test_skip=1,
             label="column_15",
             label_end=".",
-            epochs=4,
+            epochs=1,
         )
 
 

@@ -235,7 +235,9 @@ def _exported(
     folder: Path,
     python: Path | None,
 ) -> dict[str, Any]:
-    fixed = None if TARGETS[target].has_any_batch else BATCH
+    fixed = None
+    if not TARGETS[target].has_any_batch:
+        fixed = source.batch_size if source.draws else BATCH
     parity = export(
         artifact,
         target,

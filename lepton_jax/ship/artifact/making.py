@@ -16,7 +16,6 @@ from lepton_jax.ship.artifact import columns, measuring, tracing
 from lepton_jax.ship.artifact.manifest import Manifest, made_now
 from lepton_jax.ship.artifact.signature import ANY
 from lepton_jax.ship.artifact.stored import Stored, stored_rows
-from lepton_jax.trees import by_path
 
 INPUTS = "inputs"  # first part of the paths of a program's limits
 
@@ -89,6 +88,7 @@ def parts_of(
         step=int(trainer.step),
         limits=_limits(trainer),
         meeting=model.meeting,
+        draws=model.draws,
         batch_size=trainer.recipe.batch_size,
         sizes=tuple(size for size in programs.by_size if size != ANY),
         notes=(
@@ -207,7 +207,6 @@ def _notes(
         notes.append("the stored rows are arrays: their raw rows are not at hand")
     if trainer.recipe.test is None:
         notes.append("there are no metrics: the recipe has no test data")
-    tables = by_path(trainer.program.trace.inputs)
     if trainer.preparation is None:
-        notes.append(f"it takes arrays alone ({len(tables)}): there is no preparation")
+        notes.append("it takes arrays alone: the recipe has no preparation of raw rows")
     return notes

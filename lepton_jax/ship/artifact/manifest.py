@@ -39,6 +39,8 @@ class Manifest:
       limits: whole numbers that the inputs may hold; fields of `data.Limit`.
       meeting: the reason why a prediction depends on its batch, such as the place where
         samples meet: then rows of several people must not share one; None: it does not.
+      draws: whether the model draws random numbers for each place in a batch, so that a
+        batch of the recipe's size may be filled up.
       batch_size: of the recipe; where samples meet, that of a prediction.
       sizes: batch sizes that there is a program for; (): any.
       notes: what could not be had, and why.
@@ -58,6 +60,7 @@ class Manifest:
     step: int = 0
     limits: tuple[dict[str, Any], ...] = ()
     meeting: str | None = None
+    draws: bool = False
     batch_size: int = 1
     sizes: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
@@ -84,8 +87,8 @@ class Manifest:
         return (
             f"made with jax {made_with} on {self.made['when'][:10]}; it opens with"
             f" that version at any time, and with later ones until"
-            f" {self.expires.isoformat()} at least: after that, export again from the"
-            " checkpoint and the recipe (lepton export RUN)"
+            f" {self.expires.isoformat()} at least. With an older one, or later,"
+            " export it again from the checkpoint and the recipe: lepton export RUN"
         )
 
     def to_json(self) -> str:

@@ -38,6 +38,7 @@ from lepton_jax.trees import by_path
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 BATCH = "batch"  # name of the symbolic extent
+DRAWS = "the model draws random numbers for each place in a batch"
 # Batch sizes of a model that can't be lowered for any; assumption: a request alone, a
 # few at once, many.
 FIXED = (1, 8, 64)
@@ -56,6 +57,7 @@ class Traced(NamedTuple):
       dims: of each of these the place of its rows in what the model itself returns.
       left_out: reasons why leaves of the outputs are not returned.
       meeting: the reason why a row's outputs depend on its batch; None: they do not.
+      draws: whether it draws random numbers for each place in a batch.
     """
 
     run: Callable[[Arrays, Arrays], dict[str, Any]]
@@ -65,6 +67,7 @@ class Traced(NamedTuple):
     dims: dict[str, int]
     left_out: tuple[str, ...]
     meeting: str | None
+    draws: bool
 
 
 class Programs(NamedTuple):
@@ -129,6 +132,9 @@ def traced(trainer: Any) -> Traced:
         )
         for name, leaf in batch.items()
     )
+    program = jax.make_jaxpr(run)(weights, model.inputs)
+    is_random = draws(program.jaxpr) > 0
+    meeting = trainer.program.prediction().meeting
     return Traced(
         run,
         weights,
@@ -136,13 +142,8 @@ def traced(trainer: Any) -> Traced:
         outputs,
         kept,
         tuple(left_out),
-        _meeting(
-            trainer,
-            jax.make_jaxpr(run)(
-                weights,
-                model.inputs,
-            ).jaxpr,
-        ),
+        meeting or (DRAWS if is_random else None),
+        is_random,
     )
 
 
@@ -339,17 +340,6 @@ def _used(
     pairs = zip(paths, is_used, strict=False)  # the inputs come after them
     used = {path for path, is_read in pairs if is_read}
     return [path for path in shapes if path in used]
-
-
-def _meeting(
-    trainer: Any,
-    program: Any,
-) -> str | None:
-    """Return the reason why a row's outputs depend on its batch; None: they do not."""
-    meeting = trainer.program.prediction().meeting
-    if meeting is None and draws(program):
-        return "the model draws random numbers for each place in a batch"
-    return meeting
 
 
 def _with_rows(trainer: Any) -> tuple[dict[str, int], list[str]]:

@@ -8,6 +8,7 @@ model's operations alone.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ class ONNX(Target):
         library = needs("jax2onnx", extra="onnx", purpose="--to onnx")
         batch = self.batch_of(source, options)
         inputs = _inputs(source, batch)
+        whole = source
+        source, aliases = _without_twins(whole)
         _hush()
         try:
             library.to_onnx(
@@ -88,7 +91,7 @@ class ONNX(Target):
             )
         except Exception as error:  # jax2onnx raises what comes
             raise failed(self.name, error) from error
-        write_signature(self.name, source, folder, batch)
+        write_signature(self.name, whole, folder, batch, aliases=aliases)
 
 
 # ---- internals ----
@@ -113,6 +116,25 @@ def _inputs(
         )
         for tensor in source.inputs
     ]
+
+
+def _without_twins(source: Source) -> tuple[Source, dict[str, str]]:
+    """Return a source without outputs that are others again, and their names.
+
+    A value has one name in ONNX, and a model whose outputs are its predictions has two
+    for it.
+    """
+    program = traced(source, list(source.shapes(TRACED).values()))
+    first: dict[int, str] = {}
+    aliases = {}
+    kept = []
+    pairs = zip(source.outputs, program.jaxpr.outvars, strict=True)
+    for tensor, variable in pairs:
+        name = first.setdefault(id(variable), word(tensor.name))
+        aliases[tensor.name] = name
+        if name == word(tensor.name):
+            kept.append(tensor)
+    return replace(source, outputs=tuple(kept)), aliases
 
 
 def _unknown(source: Source) -> list[str]:

@@ -55,16 +55,12 @@ def onnx(
         providers=["CPUExecutionProvider"],
     )
 
+    # two outputs that are one value have one name
+    wanted = list(dict.fromkeys(names(signature, "outputs")))
+
     def run(inputs: Arrays) -> Arrays:
-        results = session.run(
-            names(signature, "outputs"),
-            inputs,
-        )
-        pairs = zip(
-            names(signature, "outputs"),
-            results,
-            strict=True,
-        )
+        results = session.run(wanted, inputs)
+        pairs = zip(wanted, results, strict=True)
         return {name: np.asarray(leaf) for name, leaf in pairs}
 
     return run

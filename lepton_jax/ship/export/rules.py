@@ -107,6 +107,37 @@ def select(
     return [chosen.astype(off.dtype)]
 
 
+def comparison(name: str) -> Rule:
+    """Return the rule that compares unsigned integers as signed ones.
+
+    TensorFlow Lite 2.21 compares no unsigned integers of 16 or 32 bits. Those of a
+    model are numbers of rows in a table, far below 2^31.
+
+    Args:
+      name: of the operation: "lt", "le", "gt" or "ge".
+    """
+
+    def compare(
+        operands: list[Any],
+        params: Mapping[str, Any],
+    ) -> list[Any] | None:
+        left, right = operands
+        if left.dtype not in (jnp.uint16, jnp.uint32):
+            return None
+        signed = [operand.astype(jnp.int32) for operand in (left, right)]
+        return [COMPARISONS[name](*signed)]
+
+    return compare
+
+
+COMPARISONS = {
+    "lt": jax.lax.lt,
+    "le": jax.lax.le,
+    "gt": jax.lax.gt,
+    "ge": jax.lax.ge,
+}
+
+
 def batched_product(
     operands: list[Any],
     params: Mapping[str, Any],
@@ -157,7 +188,10 @@ POOLING: dict[str, Rule] = {
     "reduce_window_sum": window_sum,
 }
 FOR_ONNX: dict[str, Rule] = {**POOLING, "select_n": select}
-FOR_LITERT: dict[str, Rule] = {"argmax": argmax}
+FOR_LITERT: dict[str, Rule] = {
+    "argmax": argmax,
+    **{name: comparison(name) for name in COMPARISONS},
+}
 FOR_IREE: dict[str, Rule] = {"dot_general": batched_product}
 
 

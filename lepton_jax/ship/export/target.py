@@ -24,6 +24,7 @@ DEFAULT_BATCH = (
     1  # of a target with a fixed batch; assumption: a device asks one by one
 )
 WORD = re.compile(r"\W")
+FOLDERS = re.compile(r"(?:/[\w.+-]+)+/(?=[\w.-]+\.py\b)")  # before the name of a file
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Source:
       is_live: whether JAX can trace into `run`: the model's code is at hand.
       meeting: the reason why a prediction depends on its batch; None: it does not.
       batch_size: of the recipe.
+      draws: whether it depends on its place in a batch of that size alone.
       name: of the model.
     """
 
@@ -63,6 +65,7 @@ class Source:
     is_live: bool
     meeting: str | None
     batch_size: int
+    draws: bool
     name: str
 
     def shapes(
@@ -118,6 +121,7 @@ def source_of(
         is_live=model is not None,
         meeting=artifact.manifest.meeting,
         batch_size=artifact.manifest.batch_size,
+        draws=artifact.manifest.draws,
         name=artifact.manifest.name,
     )
 
@@ -149,12 +153,13 @@ class Target:
         """Return the reasons why a model can't be exported, before work starts."""
         reasons = []
         fixed = self.batch_of(source, options)
-        if options.batch is None and not self.has_any_batch and self._is_asked(options):
-            reasons.append(f"{self.name} has one fixed batch size")
-        if source.meeting is not None and fixed is not None and self.is_program:
+        is_alike = source.draws and fixed == source.batch_size
+        depends = source.meeting is not None and not is_alike
+        if depends and fixed is not None and self.is_program:
             reasons.append(
                 f"a prediction depends on its batch ({source.meeting}), so that one of"
                 f" {fixed} rows that is filled up would be another"
+                f"{self._alike(source)}"
             )
         return reasons
 
@@ -181,8 +186,8 @@ class Target:
         """
         raise NotImplementedError
 
-    def _is_asked(self, options: Options) -> bool:
-        return False
+    def _alike(self, source: Source) -> str:
+        return f"; --batch {source.batch_size} can be" if source.draws else ""
 
 
 def write_signature(
@@ -191,6 +196,7 @@ def write_signature(
     folder: Path,
     batch: int | None,
     words: bool = True,
+    aliases: Mapping[str, str] | None = None,
     **more: Any,
 ) -> None:
     """Write the names, dtypes and shapes of a model's arrays.
@@ -201,9 +207,10 @@ def write_signature(
       folder: of the export.
       batch: rows of a batch; None: any.
       words: whether the target has names that are identifiers alone.
+      aliases: by the name of an output, the target's name of it, where that is another.
       **more: further facts.
     """
-    content = {
+    content: dict[str, Any] = {
         "target": target,
         "name": source.name,
         "batch": batch,
@@ -212,6 +219,8 @@ def write_signature(
         "inputs": _entries(source.inputs, batch, words),
         "outputs": _entries(source.outputs, batch, words),
     }
+    for entry in content["outputs"]:
+        entry["as"] = (aliases or {}).get(entry["name"], entry["as"])
     (folder / SIGNATURE).write_text(
         json.dumps(
             content,
@@ -233,7 +242,7 @@ def word(name: str) -> str:
 def failed(target: str, error: BaseException) -> ModelError:
     """Return the error of a converter that could not take a model."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    message = lines[0] if lines else type(error).__name__
+    message = FOLDERS.sub("", lines[0]) if lines else type(error).__name__
     return ModelError(
         f"{target} can't take the model: {type(error).__name__}: {message}",
         where=f"lepton export --to {target}",

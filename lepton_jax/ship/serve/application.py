@@ -135,7 +135,8 @@ class Application:
             return
         headers = dict(scope["headers"])
         call = Call(scope, headers, receive)
-        if self.meter is not None:
+        # probes, metadata and metrics are asked all the time, and are no predictions
+        if self.meter is not None and scope["method"] == "POST":
             call.visit = self._arrived(headers)
         try:
             answer = await self._answer(call)

@@ -3,11 +3,11 @@
 A weight w of shape (inputs, outputs) is cut into tiles that share a scale s, and each
 number is stored as round(w / s). A small example, 4 x 2 numbers in tiles of 2 inputs:
 
-    w = [[ .5, 1],      scales, of largest / 7      stored, 4 bits each
-         [-.7, 2],  ->  [[.1, .2857],           ->  [[ 5,  4],
-         [ .2, 0],       [.0286, .0571]]             [-7,  7],
-         [ .1, .4]]                                  [ 7,  0],
-                                                     [ 4,  7]]
+    w = [[ .5, 1],      scales, largest / 7.5    stored, 4 bits each
+         [-.7, 2],  ->  [[.0933, .2667],     ->  [[ 5,  4],
+         [ .2, 0],       [.0267, .0533]]          [-8,  7],
+         [ .1, .4]]                               [ 7,  0],
+                                                  [ 4,  7]]
 
 Numbers of 4 bits lie in pairs in a byte, for neither safetensors nor most runtimes have
 a type for them. The arithmetic is qwix's.
@@ -29,6 +29,10 @@ from lepton_jax.ship.shrink.library import qwix
 # Least and largest whole number of 4 bits.
 NIBBLE = 4  # bits
 LOW_NIBBLE = 0x0F
+
+# Inputs from which on kernels side by side have scales of their own. Assumption: those
+# are then an eighth of the numbers' bytes at most.
+MANY = 32
 
 # Shares of the largest absolute value at which numbers are cut off, of which the one
 # with the least squared error is taken. Cutting off an outlier leaves finer steps to
@@ -128,14 +132,19 @@ def by_outputs(
 ) -> Form:
     """Return the form of a kernel (..., inputs, outputs): a scale for each output.
 
+    Of many kernels side by side, as those of experts or of the columns of a table, each
+    has scales of its own.
+
     Args:
       shape: of the kernel.
       bits: of a number.
       group: inputs that share a scale, or about so many; None: all.
     """
-    inputs = shape[-2]
+    *outer, inputs, _ = shape
     tile = inputs if group is None else divisor(inputs, group)
-    return Form(bits, shape, (*shape[:-2], tile, 1))
+    if len(outer) == 1 and inputs >= MANY:
+        outer = [1]
+    return Form(bits, shape, (*outer, tile, 1))
 
 
 def by_rows(

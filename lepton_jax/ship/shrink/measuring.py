@@ -135,7 +135,7 @@ def keeps(
       whole: of the model that it was made of.
       share: of `whole` that is to be kept, from 0 to 1.
 
-    >>> keeps("accuracy", 0.985, 0.99, 0.995), keeps("rmse", 1.2, 1.0, 0.9)
+    >>> keeps("accuracy", 0.986, 0.99, 0.995), keeps("rmse", 1.2, 1.0, 0.9)
     (True, False)
     """
     slack = (1 - share) * abs(whole)

@@ -45,6 +45,13 @@ SMALLEST = 256
 
 # Layers of Flax whose products qwix can do in whole numbers.
 LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.Einsum)
+# Operations in which an error of an array is one of the result, in proportion, and
+# those that change its type or shape alone.
+FACTORS = frozenset(("mul", "dot_general", "conv_general_dilated", "gather"))
+FORMS_ALONE = frozenset((
+    "broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze",
+    "transpose",
+))  # fmt: skip
 EMBEDDING = "embedding"  # last part of the path of nnx.Embed's table
 
 
@@ -97,7 +104,8 @@ def quantize(
     """
     how = kind_of(kind)
     module = plain(nnx_module(trainer))
-    forms = forms_of(module, how, spare)
+    constants = scaling_constants(module, some_inputs(trainer))
+    forms = forms_of(module, how, spare, constants)
     if how.integer:
         with_integers, covered = in_whole_numbers(trainer, module, forms)
         forms = {path: form for path, form in forms.items() if path not in covered}
@@ -132,7 +140,8 @@ def aware(
     """
     how = kind_of(kind)
     module = plain(nnx_module(trainer))
-    forms = forms_of(module, how, spare)
+    constants = scaling_constants(module, some_inputs(trainer))
+    forms = forms_of(module, how, spare, constants)
     if how.integer:
         rules = _rules(trainer, module, forms)
         provider = qwix().QtProvider(rules)
@@ -183,6 +192,7 @@ def forms_of(
     module: nnx.Module,
     kind: Kind,
     spare: Sequence[str] = (),
+    constants: Iterable[str] = (),
 ) -> dict[str, Form]:
     """Return the form of each weight that is quantized, by its path.
 
@@ -190,12 +200,13 @@ def forms_of(
       module: the model.
       kind: how.
       spare: as in `quantize`.
+      constants: paths of variables that are no parameters, and are quantized as well.
 
     Raises:
       SettingError: a pattern matches nothing.
       ModelError: no weight is large enough.
     """
-    weights = quantizable(module)
+    weights = quantizable(module, constants)
     if not weights:
         raise ModelError(
             f"no weight has {SMALLEST} entries: there is nothing to save",
@@ -216,17 +227,26 @@ def forms_of(
     return forms
 
 
-def quantizable(module: nnx.Module) -> dict[str, tuple[int, ...]]:
+def quantizable(
+    module: nnx.Module,
+    constants: Iterable[str] = (),
+) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the weights that can be quantized, by path.
 
-    These are parameters, and constants that the module keeps as other variables.
+    Args:
+      module: the model.
+      constants: paths of variables that are no parameters, and count as well.
     """
+    also = set(constants)
     weights = {}
     for path, variable in nnx.to_flat_state(nnx.state(module)):
+        name = name_of(path)
+        if not isinstance(variable, nnx.Param) and name not in also:
+            continue
         value = variable.get_value()
         is_float = jnp.issubdtype(value.dtype, jnp.floating)
         if is_float and value.ndim >= 2 and value.size >= SMALLEST:
-            weights[name_of(path)] = tuple(value.shape)
+            weights[name] = tuple(value.shape)
     return weights
 
 
@@ -305,33 +325,67 @@ def weights_in_loops(
     inputs: Any,
 ) -> set[str]:
     """Return the paths of the weights that a loop of the model's program reads."""
-    graph, params, *others = nnx.split(module, nnx.Param, ...)
+    uses = uses_of(module, inputs)
+    return {path for path, names in uses.items() if names & set(LOOPS)}
+
+
+def scaling_constants(
+    module: nnx.Module,
+    inputs: Any,
+) -> set[str]:
+    """Return the paths of variables, no parameters, that are factors or looked up.
+
+    Those may be rounded as weights are. Others may not: the edges of a number's bins
+    are compared with it, and an error of a hundredth of the largest is large there.
+    """
+    uses = uses_of(module, inputs)
+    params = {
+        name_of(path) for path, _ in nnx.to_flat_state(nnx.state(module, nnx.Param))
+    }
+    return {
+        path
+        for path, names in uses.items()
+        if path not in params and names and names <= FACTORS
+    }
+
+
+def uses_of(
+    module: nnx.Module,
+    inputs: Any,
+) -> dict[str, set[str]]:
+    """Return the operations that read each array of a module, by its path.
+
+    Args:
+      module: in evaluation.
+      inputs: a batch of it.
+    """
+    graph, state = nnx.split(module)
 
     def call(
-        params: Any,
+        state: Any,
         inputs: Any,
     ) -> Any:
-        return called(nnx.merge(graph, params, *others, copy=True), inputs)
+        return called(nnx.merge(graph, state, copy=True), inputs)
 
-    program = jax.make_jaxpr(call)(params, inputs).jaxpr
-    names = [name_of(path) for path, _ in nnx.to_flat_state(params)]
+    program = jax.make_jaxpr(call)(state, inputs).jaxpr
+    names = [name_of(path) for path, _ in nnx.to_flat_state(state)]
     origins = dict(zip(program.invars, names, strict=False))
-    found: set[str] = set()
-    _follow(program, origins, found)
-    return found
+    uses: dict[str, set[str]] = {name: set() for name in names}
+    _follow(program, origins, uses)
+    return uses
 
 
 def _follow(
     program: Any,
     origins: dict[Any, str],
-    found: set[str],
+    uses: dict[str, set[str]],
 ) -> None:
-    """Collect the weights that loops read.
+    """Collect the operations that read arrays.
 
     Args:
       program: a jaxpr.
-      origins: the weight that a variable is, cast or with another shape; added to.
-      found: added to.
+      origins: the array that a variable is, cast or with another shape; added to.
+      uses: added to.
     """
     for eqn in program.eqns:
         known = {
@@ -339,14 +393,18 @@ def _follow(
             for number, x in enumerate(eqn.invars)
             if not isinstance(x, Literal) and x in origins
         }
-        if eqn.primitive.name in LOOPS:
-            found |= set(known.values())
-        elif len(eqn.invars) == 1 and known:
+        if not known:
+            continue
+        if eqn.primitive.name in FORMS_ALONE:
             origins[eqn.outvars[0]] = known[0]
-        for inner in inner_jaxprs(eqn):
-            if len(inner.invars) == len(eqn.invars):
-                of_inner = {inner.invars[n]: name for n, name in known.items()}
-                _follow(inner, of_inner, found)
+            continue
+        alike = [j for j in inner_jaxprs(eqn) if len(j.invars) == len(eqn.invars)]
+        if not alike or eqn.primitive.name in LOOPS:
+            for name in known.values():
+                uses[name].add(eqn.primitive.name)
+        for inner in alike:
+            of_inner = {inner.invars[n]: name for n, name in known.items()}
+            _follow(inner, of_inner, uses)
 
 
 def _by_qwix(

@@ -24,6 +24,7 @@ from flax import nnx
 from lepton_jax.data import Arrays
 from lepton_jax.errors import DataError, ModelError, SettingError, nearest
 from lepton_jax.ship.shrink import measuring
+from lepton_jax.ship.shrink.calls import some_inputs
 from lepton_jax.ship.shrink.cutting import cut, quicker
 from lepton_jax.ship.shrink.packed import name_of
 from lepton_jax.ship.shrink.quantization import (
@@ -33,6 +34,7 @@ from lepton_jax.ship.shrink.quantization import (
     plain,
     quantizable,
     quantize,
+    scaling_constants,
 )
 
 TARGETS = ("int8", "int4", "pruned", "smallest")
@@ -380,7 +382,7 @@ def _spared(
     place of its own: nothing is compiled for it.
     """
     probe = Probe(trainer, module, judge)
-    weights = list(quantizable(module))
+    weights = list(quantizable(module, probe.constants))
     if probe.is_kept([], whole) or not weights:
         return
     order = sorted(weights, key=probe.harm, reverse=True)
@@ -406,11 +408,15 @@ class Probe:
       trainer: with the trained model.
       module: its plain module.
       judge: of the metric.
+
+    Attributes:
+      constants: paths of variables that are quantized as weights are.
     """
 
     def __init__(self, trainer: Any, module: nnx.Module, judge: Judge):
         self._judge = judge
         self._module = plain(module)
+        self.constants = scaling_constants(self._module, some_inputs(trainer))
         self._trainer = trainer.with_module(self._module)
         self._state = self._trainer.state
         self._harms: dict[str, float] = {}
@@ -421,7 +427,7 @@ class Probe:
         whole: float,
     ) -> bool:
         """Whether the metric is kept with 4 bits but for some weights."""
-        forms = forms_of(self._module, kind_of("w4"), spare)
+        forms = self._forms(spare)
         self._round(forms)
         value = self._judge.value(self._trainer)
         return measuring.keeps(self._judge.metric, value, whole, self._judge.keep)
@@ -429,11 +435,17 @@ class Probe:
     def harm(self, path: str) -> float:
         """Return the loss with one weight in 4 bits, by which weights are ordered."""
         if path not in self._harms:
-            forms = forms_of(self._module, kind_of("w4"))
+            forms = self._forms()
             self._round({path: forms[path]})
             data = self._judge.choosing
             self._harms[path] = measuring.metric_of(self._trainer, "loss", data)
         return self._harms[path]
+
+    def _forms(
+        self,
+        spare: Sequence[str] = (),
+    ) -> dict[str, Any]:
+        return forms_of(self._module, kind_of("w4"), spare, self.constants)
 
     def _round(
         self,
