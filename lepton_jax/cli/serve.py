@@ -216,7 +216,8 @@ def _serve(options: argparse.Namespace) -> int:
     for library in LIBRARIES:
         needs(library, extra="serve", purpose="lepton serve")
     # only here: the libraries may be missing
-    from lepton_jax.ship.serve.serving import end_process, serve
+    from lepton_jax.ship.serve.server import end_process
+    from lepton_jax.ship.serve.serving import serve
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     chosen = options_of(options)

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from lepton_jax.errors import LeptonError, SettingError
+from lepton_jax.errors import SettingError
 from lepton_jax.ship.serve import page
 from lepton_jax.ship.serve.answering import Answer, Answering
 from lepton_jax.ship.serve.application import Application, Call, Handler
@@ -23,7 +23,6 @@ from lepton_jax.ship.serve.server import (
     Listening,
     Server,
     check_tls,
-    end_process,
     listen,
 )
 from lepton_jax.ship.serve.warming import StoppedError
@@ -243,12 +242,3 @@ def _names(models: Models) -> str:
             )
         parts.append(text)
     return "; ".join(parts)
-
-
-__all__ = [
-    "LeptonError",
-    "Options",
-    "build",
-    "end_process",
-    "serve",
-]
