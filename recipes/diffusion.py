@@ -27,7 +27,7 @@ def recipe(
     blocks: int = 1,
     dropout: float = 0.0,
     sampling_steps: int = 15,
-    guidance: float = 1.0,
+    guidance: float = 1.6,
     learning_rate: float = 2e-3,
     batch_size: int = 64,
     epochs: float = 40,
