@@ -76,6 +76,11 @@ class LiteRT(Target):
     ) -> list[str]:
         """See `Target.refusals`."""
         reasons = super().refusals(source, options)
+        if source.draws:
+            reasons.append(
+                "it draws random numbers, which JAX makes of unsigned integers, and"
+                " TensorFlow Lite multiplies none"
+            )
         if not source.is_live:
             reasons.append(
                 "some operations have to be replaced for LiteRT in the model's own"
