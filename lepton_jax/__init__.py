@@ -28,6 +28,7 @@ from lepton_jax.hardware import Topology, topology
 from lepton_jax.heap import keep_freed_memory as _keep_freed_memory
 from lepton_jax.planner import Plan, Trace, plan, trace
 from lepton_jax.recipe import Recipe
+from lepton_jax.ship import Artifact
 from lepton_jax.step import optimizers
 from lepton_jax.step.state import State
 from lepton_jax.train.history import History
@@ -39,6 +40,7 @@ __version__ = _version("lepton-jax")
 _keep_freed_memory()  # before XLA starts its threads
 
 __all__ = [
+    "Artifact",
     "CheckpointError",
     "CrossValidation",
     "DataError",

@@ -46,7 +46,9 @@ __all__ = [
     "placed",
     "scan_counts",
     "source_line",
+    "static_text",
     "whole_axes",
+    "without_paths",
     "without_proxies",
 ]
 
@@ -148,6 +150,8 @@ def _write_as_process_0(*args: Any) -> None:
         distributed.global_state.process_id = own
 
 
+DYNAMIC = "tensor<?"  # type of an array whose first extent is not known yet
+
 _hits = 0
 
 
@@ -163,6 +167,41 @@ def _count_hit(event: str, **_: Any) -> None:
 
 
 jax.monitoring.register_event_listener(_count_hit)
+
+
+@contextlib.contextmanager
+def without_paths() -> Iterator[None]:
+    """Leave the folders of source files out of programs that are lowered meanwhile.
+
+    A program that somebody else opens need not tell how its maker's disk looks.
+    """
+    settings = {
+        "jax_hlo_source_file_canonicalization_regex": ".*/",
+        "jax_traceback_in_locations_limit": 1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def static_text(lowered: Any) -> str:
+    """Return a lowered program as MLIR text without dynamic shapes.
+
+    A program of `jax.export` that is called keeps its symbolic extents until it is
+    compiled, also where the shapes of the arguments are known.
+
+    Args:
+      lowered: of arguments whose shapes are known.
+    """
+    module = lowered.compiler_ir("stablehlo")
+    if DYNAMIC in module.operation.get_asm(large_elements_limit=0):
+        module = mlir.refine_polymorphic_shapes(module)
+    return module.operation.get_asm(large_elements_limit=None)
 
 
 class _Taken(Exception):

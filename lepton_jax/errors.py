@@ -39,7 +39,8 @@ class LeptonError(Exception):
     Args:
       what: the fault, in one sentence, with the values that show it.
       where: the place: file and line, column and row, parameter path, step.
-      remedy: what to do now.
+      remedy: what to do now. None: `what` is the whole text of such an error, of which
+        this one is made again, as Polars does with one that is raised in its workers.
     """
 
     def __init__(
@@ -47,13 +48,22 @@ class LeptonError(Exception):
         what: str,
         *,
         where: object = None,
-        remedy: str,
+        remedy: str | None = None,
     ):
+        if remedy is None:
+            what, where, remedy = _parts(what)
         self.what = what
         self.where = None if where is None else str(where)
         self.remedy = remedy
         place = f"\n  where:  {self.where}" if self.where else ""
         super().__init__(f"{what}{place}\n  remedy: {remedy}")
+
+
+def _parts(text: str) -> tuple[str, str | None, str]:
+    """Return the parts of an error's text: what, where, and the remedy."""
+    text, _, remedy = text.partition("\n  remedy: ")
+    what, _, where = text.partition("\n  where:  ")
+    return what, where or None, remedy or "see the message"
 
 
 class RecipeError(LeptonError):

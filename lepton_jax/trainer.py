@@ -51,6 +51,7 @@ from lepton_jax.hardware import Topology, here, topology
 from lepton_jax.hosts import agreement, phase
 from lepton_jax.hosts.mailbox import Mailbox
 from lepton_jax.monitor import Monitor, SampleTrace, Sink, plain, write_report
+from lepton_jax.monitor.energy import EnergyMeter
 from lepton_jax.planner import Plan, Trace, ahead, plan, trace
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.module import is_linen
@@ -431,6 +432,33 @@ class Trainer:
         program = self._ready(None)
         weights = select_weights(self._state(program), self.recipe)
         return program.trace.functional.whole(*weights)
+
+    def with_module(self, module: Any, **changes: Any) -> Trainer:
+        """Return a trainer with another module, which brings its weights along.
+
+        Optimizer and policies begin anew, at step 0. Data, preparation and what else
+        the recipe says stay, and nothing is written to the run's folder.
+
+        Args:
+          module: an NNX module that takes the same inputs.
+          **changes: other fields of the recipe.
+
+        Raises:
+          ModelError: the module can't be called with the inputs, or the loss can't be
+            taken of its outputs.
+        """
+        traced = self._ready(None).trace
+        trainer = Trainer(
+            self.recipe.with_(model=module, **changes),
+            devices=len(self._devices),
+            source=self._source,
+        )
+        shapes = None
+        if trainer.recipe.train is None:
+            shapes = (traced.inputs, traced.targets)
+        trainer._opened = self._opened
+        trainer._state(trainer._ready(shapes, traced.samples))
+        return trainer
 
     def baseline(self, seconds: float = SECONDS) -> list[Comparison]:
         """Fit the recipe's baselines, and compare the network with them.
@@ -911,6 +939,7 @@ class Trainer:
             Monitor(None if agreement.host() else self.run_dir, self._sinks)
         )
         self._monitor = outputs.monitor
+        energy = EnergyMeter().start()
         loop = None
         status = "failed"
         reason: BaseException | None = None
@@ -951,8 +980,9 @@ class Trainer:
             try:
                 if loop is not None:
                     self._take_over(loop)
-                    self._conclude(loop.history, program, status, reason)
+                    self._conclude(loop.history, program, status, reason, energy)
             finally:
+                energy.close()
                 self._close(outputs, loop is not None, status, reason)
         return loop.history
 
@@ -1066,6 +1096,7 @@ class Trainer:
             metrics=list(self.recipe.metrics),
             best=self.recipe.best,
             plan=str(program.plan),
+            price_per_hour=program.plan.price_per_hour,
             table=_table(program.plan),
             recipe=self._source.get("file"),
             settings=self._source.get("settings", {}),
@@ -1098,6 +1129,7 @@ class Trainer:
         program: Program,
         status: str,
         reason: BaseException | None,
+        energy: EnergyMeter,
     ) -> None:
         history.status = status
         history.folder = self.run_dir
@@ -1115,6 +1147,7 @@ class Trainer:
             samples_per_second=rate,
             compilations=history.compilations,
             metrics=history.evaluations[-1][1] if history.evaluations else {},
+            energy=energy.told(),
             **({"reason": why} if why else {}),
         )
         if not self._sinks and not agreement.host():

@@ -15,6 +15,7 @@ from lepton_jax.errors import RecipeError
 
 GRAY_LEVELS = 16  # of scikit-learn's digits: 0 is white, 16 is black
 ENLARGED = 3  # 8x8 pixels become 24x24
+FEW = 10_000  # training images; with less of them, recipes pass over them more often
 MARGIN = 2  # white pixels around them, for MNIST's 28x28
 
 

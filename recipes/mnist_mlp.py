@@ -17,6 +17,16 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from recipes import _digits
 
+EPOCHS = {False: 10, True: 400}  # of many images, and of few; assumption
+# What few images are varied by, in training: as in recipes/mnist_cnn.py.
+CHANGES = (
+    lepton.augment.Affine(
+        degrees=10,
+        shift=2 / 28,
+        zoom=(0.9, 1.1),
+    ),
+)
+
 
 def recipe(
     data: Path | None = None,
@@ -25,7 +35,7 @@ def recipe(
     dropout: float = 0.0,
     learning_rate: float = 2e-3,
     batch_size: int = 128,
-    epochs: float = 10,
+    epochs: float | None = None,
     steps: int | None = None,
     micro_batches: int | None = None,
     precision: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -40,7 +50,8 @@ def recipe(
         python tools/launch.py recipes/mnist_mlp.py --data FOLDER
 
     Without `data` it learns scikit-learn's 1,797 digits of 8x8 pixels, enlarged to
-    28x28: 96.1 % of a held-out fifth.
+    28x28, turned, moved and zoomed a little at random: 98.6 % of a held-out fifth,
+    as the nearest neighbours do.
 
     Args:
       data: folder with the four idx files of MNIST, or of a set like it with 28x28
@@ -51,7 +62,8 @@ def recipe(
       dropout: share of the hidden units dropped.
       learning_rate: of AdamW at the start; it falls as a cosine to zero.
       batch_size: images per step, over all devices.
-      epochs: passes over the training images.
+      epochs: passes over the training images; if left out, 10, or 400 where there are
+        less than 10,000.
       steps: length of the run in steps, instead of epochs.
       micro_batches: parts in which a batch passes through the model.
       precision: dtype that the model computes in.
@@ -60,6 +72,8 @@ def recipe(
     """
     digits = _digits.load(data, "recipes/mnist_mlp.py", prepared)
     train = digits.train
+    are_few = len(train) < _digits.FEW
+    epochs = epochs or EPOCHS[are_few]
     pixels = math.prod(train.inputs.shape[1:])
     total = steps or math.ceil(epochs * len(train) / batch_size)
 
@@ -73,7 +87,10 @@ def recipe(
         loss=optax.softmax_cross_entropy_with_integer_labels,
         metrics={"accuracy": lepton.metrics.accuracy},
         baseline=lepton.baselines.nearest,
-        preprocess=partial(lepton.data.grey, by=255),
+        preprocess=lepton.augment.Augmented(
+            CHANGES if are_few else (),
+            partial(lepton.data.grey, by=255),
+        ),
         optimizer=optax.adamw,
         learning_rate=optax.cosine_decay_schedule(learning_rate, total),
         train=train,

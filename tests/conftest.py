@@ -117,6 +117,8 @@ def _quick_compilation():
 
     def quick(*arguments, **more):
         made = usual(*arguments, **more)
+        if not jax.config.values["jax_disable_most_optimizations"]:
+            return made  # for `usual_compilation`
         made.env_option_overrides = [*made.env_option_overrides, *options.items()]
         return made
 
@@ -145,6 +147,17 @@ def quick_compilation_here():
     """The same for one test."""
     with _quick_compilation():
         yield
+
+
+@pytest.fixture
+def usual_compilation():
+    """Compile as users do, for one test of a file that else compiles quickly."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ PLANNERS_ROOMS = (
     "search",
     "show",
 )
-MOST_ROOMS = 25
+MOST_ROOMS = 26
 
 
 def module_of(path: Path) -> str:
@@ -140,6 +140,7 @@ def test_every_room_has_a_floor_and_they_are_few():
 
 def test_the_public_names_are_these():
     assert sorted(lepton_jax.__all__) == [
+        "Artifact",
         "CheckpointError",
         "CrossValidation",
         "DataError",

@@ -17,6 +17,8 @@ from lepton_jax import controllers
 from lepton_jax.controller.knobs import neutral
 from lepton_jax.step import optimizers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BATCH = 24
 STEPS = 21
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.01, 0.1, 4, 18)
@@ -539,6 +541,7 @@ MASKED = {
 }
 
 
+@pytest.mark.usefixtures("usual_compilation")
 @pytest.mark.parametrize("name", MASKED)
 def test_masks_and_labels_are_given_the_models_own_names(name, blobs):
     losses, params, _ = by_hand(blobs, MASKED[name](RATE))

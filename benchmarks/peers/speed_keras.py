@@ -167,6 +167,7 @@ def make(spec: dict[str, Any]) -> tuple[Callable[[int], float], dict[str, Any]]:
         loss = fit(in_epoch, epochs) if epochs else 0.0
         return fit(rest) if rest else loss
 
+    fit(1)  # a sequential model is built by its first batch
     about = {
         "version": f"{keras.__version__} on jax {jax.__version__}",
         "parameters": model.count_params(),

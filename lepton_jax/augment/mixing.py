@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
 
 from lepton_jax.augment.draws import (
     by_row,
@@ -222,6 +221,8 @@ def _shares(
     draw, is_mixed, *_ = uniform(keys, 4)
     own = draw
     if alpha != 1:
+        from scipy import stats  # takes half a second, and few use it
+
         middles = (np.arange(QUANTILES) + 0.5) / QUANTILES
         table = jnp.asarray(stats.beta.ppf(middles, alpha, alpha), jnp.float32)
         place = (draw * QUANTILES).astype(jnp.int32)

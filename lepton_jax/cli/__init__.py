@@ -1,4 +1,4 @@
-"""The command line: `lepton launch | plan | control | prepare`.
+"""The command line: `lepton COMMAND`, of which `lepton --help` lists all.
 
 Each command has a module of its own with a `main(arguments)` that returns the exit
 code. `tools/launch.py`, `tools/plan.py`, `tools/control.py` and `tools/prepare.py` are
@@ -17,6 +17,11 @@ COMMANDS = {
     "launch": "train a recipe, here or on many hosts",
     "plan": "show what a step would cost, on hardware that need not be there",
     "prepare": "make samples of raw files",
+    "predict": "predict the rows of files, here or on a Ray cluster",
+    "export": "write a trained model for a runtime, and compare the two",
+    "serve": "answer requests with trained models, over HTTP",
+    "shrink": "make a trained model smaller, and keep its metric",
+    "explain": "show in a run's report what speaks for its predictions",
     "control": "ask a run that is under way for something",
 }
 MISTAKE = 2  # exit code

@@ -250,6 +250,13 @@ def _add_time(out: _Metrics, status: Status) -> None:
         {name: spent for name, spent in seconds.items() if name != "wall"},
     )
     out.add_one("wall_seconds", "gauge", "Time since the first start.", seconds["wall"])
+    cost = status["cost"] or {}
+    out.add_one(
+        "cost_dollars",
+        "gauge",
+        "Since the first start, at the list price of the plan's devices.",
+        cost.get("so_far"),
+    )
     out.add_one(
         "eta_seconds",
         "gauge",

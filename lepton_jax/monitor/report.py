@@ -13,13 +13,14 @@ import time
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from lepton_jax.errors import DataError, LeptonError
-from lepton_jax.monitor import decisions, examined, square, stragglers
+from lepton_jax.monitor import decisions, examined, explained, square, stragglers
 from lepton_jax.monitor.chart import Axis, Curve, draw, legend, smooth
+from lepton_jax.monitor.costs import Tile, cost_tiles
 from lepton_jax.monitor.events import FILE, Event, read_events
 from lepton_jax.monitor.events_table import events_table
 from lepton_jax.monitor.folds_page import FOLDS, write_folds_report
@@ -91,14 +92,16 @@ def render(
       decided: the decisions in the journal.
       hosts: the content of hosts.json, or None.
       facts: the content of examined.json, or None.
-      place: the run's folder, for pictures; None: there are none.
+      place: the run's folder, for pictures and explanations; None: there are none.
     """
     run = collect(events)
     run.marks += decisions.marks(decided)
+    why = None if place is None else _read(place / explained.FILE)
     name = str(run.start.get("name") or folder)
     sections = {
         "Curves": _charts(run),
         **examined.sections(facts, events, place),
+        "Why": explained.section(why),
         "Decisions": decisions.table(decided),
         "Hosts": _hosts(hosts, run),
         "Plan": _plan(run, plan),
@@ -122,9 +125,10 @@ def render(
         f"<title>{escape(name)} · run report</title>"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<style>{STYLE}{square.STYLE}{examined.STYLE}</style></head><body><main>"
+        f"<style>{STYLE}{square.STYLE}{examined.STYLE}"
+        f"{explained.STYLE}</style></head><body><main>"
         f"{_header(run, name, folder, events[0].get('time') or 0)}"
-        f"{_tiles(run)}{_notices(events)}{body}"
+        f"{_tiles(run, place)}{_notices(events)}{body}"
         f"<footer>Written by lepton-jax {version}</footer></main>"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
@@ -159,20 +163,13 @@ def _notices(events: list[Event]) -> str:
 # ---- key figures ----
 
 
-class Tile(NamedTuple):
-    """A key figure, with its name above and a remark below."""
-
-    name: str
-    figure: str
-    remark: str
-
-
-def _tiles(run: Run) -> str:
+def _tiles(run: Run, folder: Path | None) -> str:
     tiles = [
         *_metric_tiles(run),
         _steps_tile(run),
         _time_tile(run),
         *_rate_tiles(run),
+        *cost_tiles(run, folder),
         _compilations_tile(run),
         *_size_tiles(run.start),
     ]

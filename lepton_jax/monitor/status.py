@@ -30,6 +30,8 @@ STALE = 30.0
 
 WINDOWS = 4096  # of steps that are kept apart; assumption: half a megabyte
 
+SECONDS_OF_AN_HOUR = 3600
+
 CHUNK_BYTES = 1 << 20  # that are read at once
 
 # The first bytes of a run's events, which tell them from another run's: they hold the
@@ -117,6 +119,8 @@ class Watch:
           - "goodput", and "seconds": {"wall", "steps" (that count), "undone", "data"
             (part of both), "compile" (of the train step), "evaluation", "save",
             "other"};
+          - "cost": {"per_hour", "so_far"}, US dollars at the list price of the plan's
+            devices; None where that is not known;
           - "memory": {"planned": for each device, by what lies there; "host", "device":
             the most of any host};
           - "refused_connections": callers at the coordinator's port without proof of
@@ -174,6 +178,7 @@ class Watch:
             "recoveries": _recoveries(hosts_file),
             "goodput": goodput,
             "seconds": seconds,
+            "cost": _cost(past.start.get("price_per_hour"), seconds["wall"]),
             "memory": {
                 "planned": _planned(self.folder),
                 "host": _most(hosts, "memory"),
@@ -236,6 +241,13 @@ class Watch:
             self._damaged += 1
         else:
             self.history.add(event)
+
+
+def _cost(price: Any, seconds: float) -> dict[str, float] | None:
+    price = _number(price)
+    if not price:
+        return None
+    return {"per_hour": price, "so_far": price * seconds / SECONDS_OF_AN_HOUR}
 
 
 class Window(NamedTuple):

@@ -77,6 +77,7 @@ def _tiles(status: Status) -> list[Tile]:
         ),
         Tile("waits for data", _percent(status["data_share"]), "of the last minute"),
         Tile("goodput", _percent(status["goodput"]), f"of {duration(wall_seconds)}"),
+        *_cost_tiles(status["cost"]),
         Tile("restarts", str(status["restarts"]), f"{status['rollbacks']} rollbacks"),
         Tile(
             "ETA",
@@ -94,6 +95,12 @@ def _evaluation_tiles(evaluation: Mapping[str, Any] | None) -> list[Tile]:
         Tile(f"evaluation {name}", _figure(value), remark)
         for name, value in evaluation["metrics"].items()
     ]
+
+
+def _cost_tiles(cost: Mapping[str, float] | None) -> list[Tile]:
+    if cost is None:
+        return []
+    return [Tile("cost", f"${cost['so_far']:,.2f}", f"at ${cost['per_hour']:,.2f}/h")]
 
 
 def _tile_html(tile: Tile) -> str:

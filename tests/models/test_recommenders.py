@@ -13,6 +13,8 @@ from flax import nnx
 
 from lepton_jax import models
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NUMBERS = jnp.array([[0.5, jnp.nan], [-1.0, 2.0], [jnp.nan, jnp.nan]])
 CATEGORIES = jnp.array([[0, 3], [2, 1], [1, 0]])
 SIZES = (3, 4)

@@ -22,6 +22,7 @@ from tools.bench import (
     controller,
     cpu_rates,
     data,
+    defaults,
     embeddings,
     faults,
     generation,
@@ -32,6 +33,8 @@ from tools.bench import (
     prepare,
     regret,
     restart,
+    serve,
+    shrink,
     step,
     step_time,
 )
@@ -52,9 +55,12 @@ COMMANDS = (
     restart,
     prepare,
     data,
+    defaults,
     embeddings,
     generation,
+    shrink,
     peers,
+    serve,
 )
 # Variables that change the figures, and so are part of a command that is recorded.
 ENVIRONMENT = (

@@ -1,0 +1,565 @@
+"""Channels: the dims of a model's weights that can only be cut together.
+
+The columns of one weight are the rows of the next. Which dims belong together is read
+off the traced program. Each dim of each value has a label; an operation says which of
+its labels are the same one:
+
+    h = relu(x @ a + b)     x (batch, 4)   a (4, 16)   b (16)
+    y = h @ c               h (batch, 16)  c (16, 3)
+
+    x @ a  contracts:     x.1 = a.0          h.1 = a.1
+    + b    adds:          h.1 = b.0
+    h @ c  contracts:     h.1 = c.0          y.1 = c.1
+
+The label of a.1, b.0 and c.0 is neither one of the inputs nor of the outputs: 16
+channels, of which any can be cut if their entries go in all three.
+
+A flattened picture (batch, 7 * 7 * 64) has a dim of three labels, so that a channel of
+the convolution before is known to be each 64th row of the product after it (Fang et al.
+2023, "DepGraph: Towards Any Structural Pruning", does so by the layers of a graph).
+
+What an operation does that is not known here fixes the labels that it touches: they
+are not cut. So does a sum over them, such as that of a layer norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from lepton_jax.compat import Literal
+from lepton_jax.ship.programs import called_jaxpr
+from lepton_jax.ship.shrink.calls import called
+from lepton_jax.ship.shrink.packed import name_of
+
+Dim = tuple[int, ...]  # labels, outermost first
+Dims = list[Dim]  # of a value
+Operands = list[Dims]
+
+# Operations that compute each entry of the output of the entries at its place.
+ELEMENTWISE = frozenset((
+    "abs", "add", "add_any", "and", "atan2", "cbrt", "ceil", "clamp",
+    "convert_element_type", "copy", "copy_p", "cos", "div", "eq", "erf", "erf_inv",
+    "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite",
+    "le", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not",
+    "optimization_barrier", "or", "pow", "reduce_precision", "rem", "round", "rsqrt",
+    "select_n", "sign", "sin", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh",
+    "xor",
+))  # fmt: skip
+REDUCTIONS = frozenset((
+    "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or",
+    "argmax", "argmin",
+))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """A dim of a weight that has channels.
+
+    Attributes:
+      path: of the weight.
+      dim: of it.
+      outer: entries of the dim's labels outside of the channels: the dim is
+        (outer, channels, inner).
+      inner: entries of those inside of them.
+    """
+
+    path: str
+    dim: int
+    outer: int
+    inner: int
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Channels that can be cut.
+
+    Attributes:
+      name: of the first weight that makes them.
+      size: how many there are.
+      places: the dims that have them.
+    """
+
+    name: str
+    size: int
+    places: tuple[Place, ...]
+
+
+def channels_of(
+    module: nnx.Module,
+    inputs: Any,
+) -> list[Channels]:
+    """Return the channels of a module that can be cut, in the order of its weights.
+
+    Args:
+      module: in evaluation.
+      inputs: a batch of it.
+    """
+    graph, state = nnx.split(module)
+    paths = [name_of(path) for path, _ in nnx.to_flat_state(state)]
+
+    def call(
+        state: Any,
+        inputs: Any,
+    ) -> Any:
+        return called(nnx.merge(graph, state, copy=True), inputs)
+
+    program = jax.make_jaxpr(call)(state, inputs).jaxpr
+    labels = Labels()
+    reader = Reader(labels)
+    arguments = [labels.of(x.aval.shape) for x in program.invars]
+    weights = arguments[: len(paths)]
+    for dims in arguments[len(paths) :]:
+        labels.fix(dims)
+    outputs = reader.read(program, arguments, [])
+    for dims in outputs:
+        labels.fix(dims)
+    return _collected(labels, dict(zip(paths, weights, strict=True)))
+
+
+def _collected(
+    labels: Labels,
+    weights: Mapping[str, Sequence[Dim]],
+) -> list[Channels]:
+    places: dict[int, list[Place]] = {}
+    for path, dims in weights.items():
+        for number, dim in enumerate(dims):
+            resolved = labels.resolved(dim)
+            extents = [labels.sizes[label] for label in resolved]
+            for at, label in enumerate(resolved):
+                outer = math.prod(extents[:at])
+                inner = math.prod(extents[at + 1 :])
+                place = Place(path, number, outer, inner)
+                places.setdefault(label, []).append(place)
+    return [
+        Channels(_name(own), labels.sizes[label], tuple(own))
+        for label, own in places.items()
+        if label not in labels.fixed and len(own) > 1
+    ]
+
+
+def _name(places: Sequence[Place]) -> str:
+    """Return the path of the layer whose outputs the channels are."""
+    makers = [place for place in places if place.dim and place.inner == 1]
+    path = (makers or places)[0].path
+    return path.rpartition("/")[0] or path
+
+
+# ---- labels ----
+
+
+class Labels:
+    """Labels of dims, some of which are the same, and some of which consist of others.
+
+    Attributes:
+      sizes: extent of each label.
+      fixed: labels that can't be cut.
+    """
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.fixed: set[int] = set()
+        self._same: list[int] = []
+        self._parts: dict[int, Dim] = {}
+
+    def new(
+        self,
+        size: int,
+        fixed: bool = False,
+    ) -> Dim:
+        """Return a dim with a label of its own; one of extent 1 has none."""
+        if size == 1:
+            return ()
+        label = len(self.sizes)
+        self.sizes.append(size)
+        self._same.append(label)
+        if fixed:
+            self.fixed.add(label)
+        return (label,)
+
+    def of(
+        self,
+        shape: Iterable[int],
+        fixed: bool = False,
+    ) -> Dims:
+        """Return dims of a shape with labels of their own."""
+        return [self.new(size, fixed) for size in shape]
+
+    def resolved(self, dim: Dim) -> Dim:
+        """Return the labels that stand for a dim's, parts in place of wholes."""
+        found: list[int] = []
+        for label in dim:
+            root = self._root(label)
+            parts = self._parts.get(root)
+            found += (root,) if parts is None else self.resolved(parts)
+        return tuple(found)
+
+    def fix(
+        self,
+        dims: Iterable[Dim],
+    ) -> None:
+        """Say that dims can't be cut."""
+        for dim in dims:
+            self.fixed.update(self.resolved(dim))
+
+    def unite(
+        self,
+        one: Dim,
+        other: Dim,
+    ) -> None:
+        """Say that two dims of the same extent are the same one."""
+        left = list(self.resolved(one))
+        right = list(self.resolved(other))
+        while left and right:
+            a = left.pop(0)
+            b = right.pop(0)
+            if self.sizes[a] < self.sizes[b]:
+                a, b = b, a
+                left, right = right, left
+            if self.sizes[a] % self.sizes[b]:
+                self.fix([(a, b, *left, *right)])
+                return
+            if self.sizes[a] > self.sizes[b]:
+                a, rest = self.split(a, self.sizes[b])
+                left.insert(0, rest)
+            self._join(a, b)
+
+    def split(
+        self,
+        label: int,
+        outer: int,
+        fixed: bool = False,
+    ) -> tuple[int, int]:
+        """Split a label into two, of which the first has the extent `outer`.
+
+        Args:
+          label: to split.
+          outer: extent of the first.
+          fixed: whether the two can't be cut, as where a model's code says by a number
+            how it is split, into heads for example.
+        """
+        is_fixed = fixed or label in self.fixed
+        first = self.new(outer, is_fixed)
+        second = self.new(self.sizes[label] // outer, is_fixed)
+        self._parts[label] = first + second
+        return first[0], second[0]
+
+    def _join(
+        self,
+        a: int,
+        b: int,
+    ) -> None:
+        a = self._root(a)
+        b = self._root(b)
+        if a == b:
+            return
+        self._same[b] = a
+        if b in self.fixed:
+            self.fixed.add(a)
+
+    def _root(self, label: int) -> int:
+        while self._same[label] != label:
+            label = self._same[label]
+        return label
+
+    def reshaped(
+        self,
+        dims: Sequence[Dim],
+        shape: Sequence[int],
+    ) -> Dims:
+        """Return the dims of a value after a reshape."""
+        left = [label for dim in dims for label in self.resolved(dim)]
+        made = []
+        for extent in shape:
+            own: list[int] = []
+            missing = extent
+            while missing > 1:
+                label = left.pop(0)
+                size = self.sizes[label]
+                if size > missing and size % missing == 0:
+                    label, rest = self.split(label, missing, fixed=True)
+                    left.insert(0, rest)
+                elif missing % size:
+                    self.fix([*dims, tuple(left), tuple(own)])
+                    return self.of(shape, fixed=True)
+                missing //= self.sizes[label]
+                own.append(label)
+            made.append(tuple(own))
+        return made
+
+
+# ---- operations ----
+
+
+class Reader:
+    """A reader of programs: it follows labels through each operation.
+
+    Args:
+      labels: to which it adds what it finds.
+    """
+
+    def __init__(self, labels: Labels):
+        self.labels = labels
+
+    def read(
+        self,
+        program: Any,
+        given: Sequence[Dims],
+        constants: Sequence[Any],
+    ) -> Operands:
+        """Follow a program.
+
+        Args:
+          program: a jaxpr.
+          given: dims of its inputs.
+          constants: its constants, whose dims can't be cut.
+
+        Returns:
+          The dims of its outputs.
+        """
+        known: dict[Any, Dims] = dict(zip(program.invars, given, strict=True))
+        for constant in program.constvars:
+            known[constant] = self.labels.of(constant.aval.shape, fixed=True)
+
+        def look_up(x: Any) -> Dims:
+            if not isinstance(x, Literal):
+                return known[x]
+            return self.labels.of(np.shape(x.val), fixed=True)
+
+        for eqn in program.eqns:
+            dims = [look_up(x) for x in eqn.invars]
+            made = self._followed(eqn, dims)
+            known.update(zip(eqn.outvars, made, strict=True))
+        return [look_up(x) for x in program.outvars]
+
+    def _followed(
+        self,
+        eqn: Any,
+        dims: Operands,
+    ) -> Operands:
+        name = eqn.primitive.name
+        inner = called_jaxpr(eqn)
+        if inner is not None and len(inner[0].invars) == len(dims):
+            return self.read(inner[0], dims, inner[1])
+        if name in ELEMENTWISE:
+            return [self._elementwise(eqn, dims) for _ in eqn.outvars]
+        if name in REDUCTIONS:
+            return [self._reduced(eqn, dims[0])]
+        method = getattr(self, f"_{name}", None)
+        if method is not None:
+            return [method(eqn, dims)]
+        if name.startswith("reduce_window"):
+            return [self._windowed(eqn, dims[0]) for _ in eqn.outvars]
+        return self._unknown(eqn, dims)
+
+    def _unknown(
+        self,
+        eqn: Any,
+        dims: Operands,
+    ) -> Operands:
+        for own in dims:
+            self.labels.fix(own)
+        return [self.labels.of(x.aval.shape, fixed=True) for x in eqn.outvars]
+
+    def _elementwise(
+        self,
+        eqn: Any,
+        dims: Operands,
+    ) -> Dims:
+        """Unite the dims of the operands; one of extent 1 is stretched."""
+        made: Dims = []
+        for at, extent in enumerate(eqn.outvars[0].aval.shape):
+            alike = [own[at] for own in dims if own and own[at]]
+            first = alike[0] if alike else self.labels.new(extent)
+            for other in alike[1:]:
+                self.labels.unite(first, other)
+            made.append(first)
+        return made
+
+    def _reduced(
+        self,
+        eqn: Any,
+        dims: Dims,
+    ) -> Dims:
+        axes = eqn.params["axes"]
+        self.labels.fix(dims[axis] for axis in axes)
+        return [dim for axis, dim in enumerate(dims) if axis not in axes]
+
+    def _broadcast_in_dim(
+        self,
+        eqn: Any,
+        dims: Operands,
+    ) -> Dims:
+        made = self.labels.of(eqn.params["shape"])
+        places = zip(eqn.params["broadcast_dimensions"], dims[0], strict=True)
+        for at, dim in places:
+            if dim:
+                made[at] = dim
+        return made
+
+    def _reshape(
+        self,
+        eqn: Any,
+        dims: Operands,
+    ) -> Dims:
+        return self.labels.reshaped(dims[0], eqn.outvars[0].aval.shape)
+
+    def _squeeze(
+        self,
+        eqn: Any,
+        dims: Operands,
+    ) -> Dims:
+        gone = eqn.params["dimensions"]
+        return [dim for at, dim in enumerate(dims[0]) if at not in gone]
+
+    def _transpose(
+        self,
+        eqn: Any,
+        dims: Operands,
+    ) -> Dims:
+        return [dims[0][at] for at in eqn.params["permutation"]]
+
+    def _dot_general(
+        self,
+        eqn: Any,
+        dims: Operands,
+    ) -> Dims:
+        left, right = dims[:2]
+        contracted, batched = eqn.params["dimension_numbers"]
+        of_left = (*contracted[0], *batched[0])
+        of_right = (*contracted[1], *batched[1])
+        for a, b in zip(of_left, of_right, strict=True):
+            self.labels.unite(left[a], right[b])
+        made = [left[at] for at in batched[0]]
+        made += _others(left, of_left)
+        made += _others(right, of_right)
+        return made
+
+    def _conv_general_dilated(
+        self,
+        eqn: Any,
+        dims: Operands,
+    ) -> Dims:
+        left, right = dims
+        shape = eqn.outvars[0].aval.shape
+        numbers = eqn.params["dimension_numbers"]
+        groups = eqn.params["feature_group_count"] * eqn.params["batch_group_count"]
+        batch, features, *places = numbers.lhs_spec
+        outputs, inputs, *window = numbers.rhs_spec
+        self.labels.fix(left[at] for at in places)
+        self.labels.fix(right[at] for at in window)
+        if groups == 1:
+            self.labels.unite(left[features], right[inputs])
+        else:
+            self.labels.fix([left[features], right[inputs], right[outputs]])
+        made = self.labels.of(shape, fixed=True)
+        made[numbers.out_spec[0]] = left[batch]
+        made[numbers.out_spec[1]] = right[outputs]
+        return made
+
+    def _windowed(
+        self,
+        eqn: Any,
+        dims: Dims,
+    ) -> Dims:
+        """Follow a pooling: dims that its window does not reach over stay."""
+        return self._where_unchanged(eqn, dims, eqn.params["window_dimensions"], 1)
+
+    def _slice(
+        self,
+        eqn: Any,
+        dims: Operands,
+    ) -> Dims:
+        shape = eqn.outvars[0].aval.shape
+        before = eqn.invars[0].aval.shape
+        changed = [int(a != b) for a, b in zip(before, shape, strict=True)]
+        return self._where_unchanged(eqn, dims[0], changed, 0)
+
+    def _pad(
+        self,
+        eqn: Any,
+        dims: Operands,
+    ) -> Dims:
+        padding = [int(any(own)) for own in eqn.params["padding_config"]]
+        return self._where_unchanged(eqn, dims[0], padding, 0)
+
+    def _rev(
+        self,
+        eqn: Any,
+        dims: Operands,
+    ) -> Dims:
+        reversed_dims = eqn.params["dimensions"]
+        changed = [int(at in reversed_dims) for at in range(len(dims[0]))]
+        return self._where_unchanged(eqn, dims[0], changed, 0)
+
+    def _concatenate(
+        self,
+        eqn: Any,
+        dims: Operands,
+    ) -> Dims:
+        joined = eqn.params["dimension"]
+        first, *others = dims
+        for own in others:
+            for at, (a, b) in enumerate(zip(first, own, strict=True)):
+                if at != joined:
+                    self.labels.unite(a, b)
+        self.labels.fix(own[joined] for own in dims)
+        extent = eqn.outvars[0].aval.shape[joined]
+        made = list(first)
+        made[joined] = self.labels.new(extent, fixed=True)
+        return made
+
+    def _gather(
+        self,
+        eqn: Any,
+        dims: Operands,
+    ) -> Dims:
+        """Follow a look-up: whole rows of a table keep their dims."""
+        table, indices = dims
+        numbers = eqn.params["dimension_numbers"]
+        sizes = eqn.params["slice_sizes"]
+        shape = eqn.invars[0].aval.shape
+        made = self.labels.of(eqn.outvars[0].aval.shape, fixed=True)
+        if numbers.operand_batching_dims:
+            self.labels.fix([*table, *indices])
+            return made
+        gone = numbers.collapsed_slice_dims
+        kept = [at for at in range(len(shape)) if at not in gone]
+        self.labels.fix(table[at] for at in gone)
+        for at, dim in zip(numbers.offset_dims, kept, strict=True):
+            if sizes[dim] == shape[dim]:
+                made[at] = table[dim]
+            else:
+                self.labels.fix([table[dim]])
+        batch = _others(list(range(len(made))), numbers.offset_dims)
+        for at, own in zip(batch, indices, strict=False):
+            made[at] = own
+        return made
+
+    def _where_unchanged(
+        self,
+        eqn: Any,
+        dims: Dims,
+        values: Sequence[int],
+        same: int,
+    ) -> Dims:
+        """Return a value's dims where an operation leaves them, else fixed ones."""
+        made = self.labels.of(eqn.outvars[0].aval.shape, fixed=True)
+        for at, value in enumerate(values):
+            if value == same:
+                made[at] = dims[at]
+            else:
+                self.labels.fix([dims[at]])
+        return made
+
+
+def _others(values: Sequence[Any], places: Iterable[int]) -> list[Any]:
+    """Return the values that are not at some places."""
+    gone = set(places)
+    return [value for at, value in enumerate(values) if at not in gone]

@@ -1,0 +1,1 @@
+"""Parts of `tools.bench serve`: models, servers of others, a client."""

@@ -1,0 +1,1 @@
+"""Measurements and proofs of what a shipped model does."""
