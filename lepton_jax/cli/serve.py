@@ -222,12 +222,14 @@ def _serve(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     chosen = options_of(options)
     names = dict(named(text) for text in options.artifacts)
+    others = set(threading.enumerate())
     try:
         code = serve(list(names), partial(opened, names), chosen)
     except LeptonError as error:
         print(f"error: {error}", file=sys.stderr)
         code = MISTAKE
-    if any(thread.name.startswith(LOADER) for thread in threading.enumerate()):
+    own = set(threading.enumerate()) - others
+    if any(thread.name.startswith(LOADER) for thread in own):
         end_process(code)
     return code
 
