@@ -384,11 +384,11 @@ def _served(command: list[str], is_rival: bool = False) -> Iterator[Running]:
             # the group, for LitServe's workers outlive a SIGTERM to their parent
             os.killpg(server.pid, signal.SIGCONT)
             os.killpg(server.pid, signal.SIGTERM)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 server.wait(20)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
 
 
 def _wait(
