@@ -22,7 +22,7 @@ class Generator(nnx.Module):
 
     Args:
       size: (height, width, channels) of the images; height and width divide by 4.
-      classes: number of classes; 0: images have none.
+      classes: number of classes.
       latent: length of the noise.
       width: channels at half of the resolution; at a quarter there are twice as many.
       rngs: stream `params`.
@@ -35,7 +35,7 @@ class Generator(nnx.Module):
         self,
         size: Sequence[int] = (28, 28, 1),
         *,
-        classes: int = 0,
+        classes: int = 1,
         latent: int = 64,
         width: int = 32,
         rngs: nnx.Rngs,
@@ -61,21 +61,15 @@ class Generator(nnx.Module):
         self.high = nnx.Conv(width, width, (3, 3), rngs=rngs)
         self.output = nnx.Conv(width, 4 * channels, (3, 3), rngs=rngs)
 
-    def __call__(
-        self,
-        noise: jax.Array,
-        classes: jax.Array | None = None,
-    ) -> jax.Array:
+    def __call__(self, noise: jax.Array, classes: jax.Array) -> jax.Array:
         """Map noise (batch, latent) and classes (batch,) to images in -1 to 1.
 
         Returns:
           Images (batch, height, width, channels).
         """
-        x = noise
-        if classes is not None:
-            wanted = jax.nn.one_hot(classes, self.classes, dtype=x.dtype)
-            x = jnp.concatenate([x, wanted], axis=-1)
-        x = self.input(x).reshape(-1, *self.start)
+        wanted = jax.nn.one_hot(classes, self.classes, dtype=noise.dtype)
+        x = self.input(jnp.concatenate([noise, wanted], axis=-1))
+        x = x.reshape(-1, *self.start)
         x = x + self.low(nnx.relu(self.norms[0](x)))
         x = enlarged(self.middle(nnx.relu(self.norms[1](x))))
         x = x + self.high(nnx.relu(self.norms[2](x)))

@@ -157,7 +157,7 @@ def _plain(schema: pl.Schema) -> list[pl.Expr]:
     ]
 
 
-NEEDED = {"extra": "data", "purpose": "an ArrayRecord shard"}
+NEEDED: dict[str, Any] = {"extra": "data", "purpose": "an ArrayRecord shard"}
 
 
 def _write_parquet(path: Path, rows: pl.DataFrame) -> None:

@@ -23,7 +23,7 @@ LIBRARIES = ("lepton-jax", "jax", "jaxlib", "flax", "numpy")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known of an artifact.
+    """Facts about an artifact, as `manifest.json` holds them.
 
     Attributes:
       name: of the model.

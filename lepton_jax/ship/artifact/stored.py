@@ -60,7 +60,7 @@ class Stored:
 
     @property
     def held_out(self) -> int:
-        """How many rows, from the first on, are rows of the data with their target."""
+        """Count of the first rows, which come from the test data and have targets."""
         return len(
             next(
                 iter(self.targets.values()),

@@ -38,7 +38,7 @@ class Attribution:
 
     @property
     def gap(self) -> np.ndarray:
-        """What the shares lack of the difference of outputs, absolute, (rows,)."""
+        """Distance of the sum of shares from the change of the output, (rows,)."""
         return np.abs(self.total - (self.outputs - self.baseline))
 
     def to_fields(self) -> dict[str, Any]:

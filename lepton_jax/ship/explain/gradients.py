@@ -98,24 +98,17 @@ class _Path:
         self._ids: dict[str, jax.Array] = {}
         found = self._lookups(rows)
         looking = {name for name, _, _ in found}
-        self._ids = {
-            name: jnp.asarray(array) for name, array in rows.items() if name in looking
-        }
+        self._origins: dict[str, tuple[str, int]] = {}
         self._last: dict[str, jax.Array] = {}
         self._first: dict[str, jax.Array] = {}
         for name, array in rows.items():
             if name in looking:
-                continue
-            self._last[name] = jnp.asarray(array, jnp.float32)
-            empty = baseline.get(name, subject.baseline(name))
-            start = jnp.asarray(empty, jnp.float32)
-            self._first[name] = jnp.broadcast_to(start, array.shape)
-        self._origins = {}
-        for at, (name, _, value) in enumerate(found):
-            key = f"lookup {at}"
-            self._origins[key] = (name, found[at][1])
-            self._last[key] = value
-            self._first[key] = jnp.zeros_like(value)
+                self._ids[name] = jnp.asarray(array)
+            else:
+                empty = baseline.get(name, subject.baseline(name))
+                self._add_numbers(name, array, empty)
+        for at, (name, dims, value) in enumerate(found):
+            self._add_lookup(f"lookup {at}", name, dims, value)
 
         self._value = jax.jit(self._run)
         self._slope = jax.jit(jax.grad(lambda point: self._run(point).sum()))
@@ -137,6 +130,29 @@ class _Path:
             steps *= 2
 
     # ---- internals ----
+
+    def _add_numbers(
+        self,
+        name: str,
+        array: np.ndarray,
+        empty: Any,
+    ) -> None:
+        """Let the line go from an empty input to this one."""
+        self._last[name] = jnp.asarray(array, jnp.float32)
+        start = jnp.asarray(empty, jnp.float32)
+        self._first[name] = jnp.broadcast_to(start, array.shape)
+
+    def _add_lookup(
+        self,
+        key: str,
+        name: str,
+        dims: int,
+        value: jax.Array,
+    ) -> None:
+        """Let the line go from zeros to the rows that an input looks up."""
+        self._origins[key] = (name, dims)
+        self._last[key] = value
+        self._first[key] = jnp.zeros_like(value)
 
     def _lookups(
         self,

@@ -123,15 +123,25 @@ def explanations(
             fields["shares"] = found.ranked(at, ENTRIES)
         return facts | {"rows": shown, "columns": _importances(trainer, named)}
     examples = _examples(trainer, inputs, picture)
+    _draw(shown, named[picture], found.values[picture])
     for at, fields in enumerate(shown):
-        fields["picture"] = _address(named[picture][at], scale_of(named[picture]))
-        drawn = heat_map(named[picture][at], found.values[picture][at])
-        fields["map"] = png.address(png.encode(drawn))
         fields["examples"] = examples[at] if examples else []
     return facts | {"rows": shown}
 
 
 # ---- internals ----
+
+
+def _draw(
+    shown: list[dict[str, Any]],
+    pictures: np.ndarray,
+    shares: np.ndarray,
+) -> None:
+    """Add each row's picture, and a map of what speaks for its prediction."""
+    scale = scale_of(pictures)
+    for fields, picture, share in zip(shown, pictures, shares, strict=True):
+        fields["picture"] = _address(picture, scale)
+        fields["map"] = png.address(png.encode(heat_map(picture, share)))
 
 
 def _described(

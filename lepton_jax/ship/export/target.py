@@ -29,7 +29,7 @@ FOLDERS = re.compile(r"(?:/[\w.+-]+)+/(?=[\w.-]+\.py\b)")  # before the name of 
 
 @dataclass(frozen=True)
 class Options:
-    """What somebody asks of an export.
+    """Options of an export.
 
     Attributes:
       batch: rows of a batch; None: any number.

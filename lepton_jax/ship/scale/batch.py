@@ -65,7 +65,7 @@ FEWEST = 16  # rows below which that share says nothing; assumption
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be predicted.
+    """A job: files to predict, and where the predictions go.
 
     Attributes:
       artifact: its path, as every worker sees it.
@@ -131,7 +131,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Summary:
-    """What was predicted.
+    """Counts of a finished job.
 
     Attributes:
       rows: predicted or refused, in all parts.
@@ -291,7 +291,7 @@ def opened(artifact: str, key: str) -> Artifact:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model says of some rows.
+    """Predictions of some rows.
 
     Attributes:
       columns: a value a row; null where there is an error.

@@ -80,7 +80,7 @@ class Deployment:
 
     @property
     def scheme(self) -> str:
-        """How the server is reached: "HTTPS" where it has a certificate."""
+        """Protocol of the server's port: "HTTPS" with a certificate, else "HTTP"."""
         words = [word.partition("=")[0] for word in self.arguments]
         return "HTTPS" if "--tls-cert" in words else "HTTP"
 
