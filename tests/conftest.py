@@ -18,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -35,6 +36,14 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+
+def pytest_configure(config):
+    """Draw the same examples at each run; `-m slow` draws new ones."""
+    chosen = "new" if config.option.markexpr == "slow" else "same"
+    hypothesis.settings.register_profile("same", derandomize=True)
+    hypothesis.settings.register_profile("new")
+    hypothesis.settings.load_profile(chosen)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest takes out what -m leaves out

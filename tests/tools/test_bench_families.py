@@ -100,6 +100,12 @@ def test_a_compiler_that_crashes_loses_one_program():
     assert rows[1]["why"] == "ValueError: no such layer"
 
 
+def test_an_error_of_a_worker_reaches_who_waits_for_its_rows(monkeypatch):
+    monkeypatch.setattr(workers, "_pool", lambda quiet: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(workers.rows(_crashes, [("a", 1)]))
+
+
 def _row(**changes):
     row = {
         "family": "vit",

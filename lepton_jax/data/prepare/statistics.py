@@ -136,46 +136,25 @@ def _histogram(
     }
 
 
-def exponent_for(
-    low: float,
-    high: float,
-    bins: int,
-) -> int:
-    """Return the least exponent of two with which some bins hold all of a range."""
-    resolution = (
-        max(
-            abs(low),
-            abs(high),
-        )
-        * 2**-50
-    )
-    _, exponent = math.frexp(
-        max(high / bins - low / bins, resolution),
-    )
-    exponent = max(exponent - 1, SMALLEST_EXPONENT)
-    if low == high:
-        exponent = max(exponent, _fitting(low))
-    while (
-        math.floor(
-            high * 2.0**-exponent,
-        )
-        - math.floor(low * 2.0**-exponent)
-        >= bins
-    ):
+def exponent_for(low: float, high: float, bins: int) -> int:
+    """Return the least exponent of two with which some bins hold all of a range.
+
+    It grows with the range, so that no piece has wider bins than all rows. Bins that
+    are narrower than a double near `low` or `high` can tell are not worth having.
+    """
+    resolution = max(abs(low), abs(high)) * 2**-50
+    width = max(high / bins - low / bins, resolution)
+    if width == 0:
+        return SMALLEST_EXPONENT
+    exponent = max(math.frexp(width)[1] - 1, SMALLEST_EXPONENT)
+    while _bins_apart(low, high, exponent) >= bins:
         exponent += 1
     return exponent
 
 
-def _fitting(value: float) -> int:
-    """Return the exponent of a bin for a column with one value."""
-    return (
-        math.frexp(
-            value,
-        )[1]
-        - BINS.bit_length()
-        if value
-        else -BINS.bit_length()
-    )
+def _bins_apart(low: float, high: float, exponent: int) -> int:
+    scale = 2.0**-exponent
+    return math.floor(high * scale) - math.floor(low * scale)
 
 
 def _values(
@@ -259,7 +238,11 @@ def _added_histogram(
     low = float(min(piece["min"] for piece in pieces))
     high = float(max(piece["max"] for piece in pieces))
     own = [piece["histogram"]["exponent"] for piece in pieces]
-    exponent = max(exponent_for(low, high, BINS), *own)
+    narrowest = exponent_for(low, high, BINS)
+    if low == high:
+        # One bin in any case: one that is easy to read, a part of the value.
+        narrowest = max(narrowest, math.frexp(low)[1] - BINS.bit_length())
+    exponent = max(narrowest, *own)
     first = math.floor(low * 2.0**-exponent)
     rows = [0] * (
         math.floor(

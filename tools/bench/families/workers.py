@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import multiprocessing
 import os
 import queue
-import signal
 import sys
 import threading
 import time
@@ -48,14 +48,18 @@ def rows(
       A row for each call that began, as it ends. Where it failed, "outcome" is
       "failed" and "why" says how: the process died, it took too long, or it raised.
     """
-    found: queue.Queue[Row | None] = queue.Queue()
+    found: queue.Queue[Row | BaseException | None] = queue.Queue()
     end = time.monotonic() + seconds
 
     def work(part: Sequence[tuple[Any, ...]]) -> None:
         in_time = itertools.takewhile(lambda _: time.monotonic() < end, part)
-        for row in _in_one_process(measure, in_time, quiet):
-            found.put(row)
-        found.put(None)
+        try:
+            for row in _in_one_process(measure, in_time, quiet):
+                found.put(row)
+        except BaseException as error:  # the caller waits for it, or for the end
+            found.put(error)
+        else:
+            found.put(None)
 
     for i in range(jobs):
         part = calls[i::jobs]
@@ -65,6 +69,8 @@ def rows(
         row = found.get()
         if row is None:
             working -= 1
+        elif isinstance(row, BaseException):
+            raise row
         else:
             yield row
 
@@ -148,6 +154,7 @@ def _failed(
 def _kill(pool: ProcessPoolExecutor) -> None:
     """End the process of a pool, which may hang in a compiler."""
     for process in list(pool._processes.values()):
-        if process.pid is not None and process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
+        # The pool's own thread may have just taken note of its death.
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
     pool.shutdown(wait=False, cancel_futures=True)
