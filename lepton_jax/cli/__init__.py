@@ -19,6 +19,7 @@ COMMANDS = {
     "prepare": "make samples of raw files",
     "predict": "predict the rows of files, here or on a Ray cluster",
     "export": "write a trained model for a runtime, and compare the two",
+    "hub": "take models from Hugging Face folders, or write one",
     "serve": "answer requests with trained models, over HTTP",
     "shrink": "make a trained model smaller, and keep its metric",
     "explain": "show in a run's report what speaks for its predictions",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from lepton_jax.data import extras
 from lepton_jax.errors import CheckpointError, ModelError
 from lepton_jax.hub import names, reading
 from lepton_jax.hub.families import Family, family_of
+from lepton_jax.hub.origin import CONFIG, Origin, read_json
 from lepton_jax.hub.shards import DTYPES, Shards, listed
 from lepton_jax.models import DecoderLM, DecoderShape
 from lepton_jax.trees import by_path
@@ -26,7 +26,6 @@ from lepton_jax.trees import by_path
 if TYPE_CHECKING:
     from lepton_jax.trainer import Trainer
 
-CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 PIECES = "tokenizer.model"
 # Rows of the embedding and the head that are compared at once.
@@ -72,6 +71,19 @@ class HubFolder:
     def model(self) -> Callable[..., DecoderLM]:
         """The factory for `Recipe.model`: it takes `rngs`."""
         return partial(DecoderLM, self.shape)
+
+    @property
+    def origin(self) -> Origin:
+        """What an export keeps of the folder."""
+        dtypes = {name: DTYPES[part.dtype] for name, part in self.tensors.items()}
+        return Origin(
+            self.path,
+            self.config,
+            self.family,
+            self.shape,
+            self.base,
+            dtypes,
+        )
 
     @property
     def dtype(self) -> str:
@@ -343,7 +355,7 @@ def open_folder(
       CheckpointError: a file is missing or damaged, or tensors don't fit it.
     """
     path = Path(folder)
-    config = _config(path / CONFIG)
+    config = read_json(path / CONFIG)
     family = family_of(config, path / CONFIG)
     shape = family.shape_of(config, path / CONFIG, tuple(ignore))
     try:
@@ -375,28 +387,6 @@ def parameter_shapes(shape: DecoderShape) -> dict[str, Any]:
 
 
 # ---- internals ----
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"there is no {CONFIG}",
-            where=path.parent,
-            remedy="name the folder of a model as Hugging Face has it",
-        ) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{CONFIG} can't be read: {error}",
-            where=path,
-            remedy="download it again",
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{CONFIG} is no dict", where=path, remedy="download it again"
-        )
-    return content
 
 
 def _same(shards: Shards, left: str, right: str) -> bool:

@@ -107,12 +107,23 @@ def _one_schema(keys: Keys) -> Mapping[str, Any]:
     for name, value in (("rope_scaling", older), ("rope_parameters", newer)):
         if value is not None and not isinstance(value, Mapping):
             raise keys.fault(f"{name} is {value!r}", "a dict is needed, or null")
-    if older and newer and older != newer:
+    if older and newer and _scaling(older) != _scaling(newer):
         raise keys.fault(
             "rope_scaling and rope_parameters are both there and differ",
             "keep the one that the model was trained with",
         )
     return newer or older or {}
+
+
+def _scaling(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a dict as the newer schema has it, without theta."""
+    kind = content.get("rope_type", content.get("type"))
+    rest = {
+        name: value
+        for name, value in content.items()
+        if name not in ("type", "rope_type", "rope_theta")
+    }
+    return {"rope_type": kind, **rest}
 
 
 def _read(

@@ -15,37 +15,18 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from lepton_jax.data import extras
-from lepton_jax.errors import CheckpointError, ModelError, SettingError, writing_remedy
+from lepton_jax.errors import CheckpointError, ModelError, SettingError
 from lepton_jax.hosts import agreement
 from lepton_jax.hub import names
 from lepton_jax.hub.families import Family, canonical, family_for
 from lepton_jax.hub.folder import CONFIG, HubFolder, open_folder
-from lepton_jax.hub.shards import DTYPES, EXTRA, INDEX, SINGLE
+from lepton_jax.hub.shards import EXTRA, INDEX, SINGLE
 from lepton_jax.models import DecoderLM, DecoderShape, Rotary, TransformerLM
 from lepton_jax.trees import by_path
 
 if TYPE_CHECKING:
     from lepton_jax.trainer import Trainer
 
-# Files that go along untouched: of tokenizers, chat templates and licences.
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.spm",
-    "spiece.model",
-    "sentencepiece*.model",
-    "tekken.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 NUMPY = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -93,7 +74,7 @@ def save(
             remedy=f"one of {', '.join(NUMPY)}",
         )
     folder = Path(folder)
-    origin = open_folder(like) if isinstance(like, str | Path) else like
+    origin = _origin(like)
     module, context = _module(source)
     shape = shape_of(module)
     params = by_path(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
@@ -141,7 +122,7 @@ class _Written:
         self,
         shape: DecoderShape,
         params: Mapping[str, Any],
-        origin: HubFolder | None,
+        origin: Origin | None,
         dtype: str | None,
     ):
         self.shape = shape
@@ -152,7 +133,7 @@ class _Written:
         self._sources = names.sources(params, shape, scheme, base)
         self.sizes = names.tensor_shapes(params, self._sources)
         self._embedding = self._sources[names.EMBEDDING].pieces[0].tensor
-        has_copy = origin is not None and names.LM_HEAD in origin.tensors
+        has_copy = origin is not None and names.LM_HEAD in origin.dtypes
         self._copies_head = shape.tied and has_copy
         if self._copies_head:
             self.sizes[names.LM_HEAD] = self.sizes[self._embedding]
@@ -178,7 +159,7 @@ class _Written:
 
             def put(tensors: Any = tensors, file: str = file) -> None:
                 content = {"format": "pt"}
-                with _writing(folder):
+                with writing(folder):
                     library.save_file(tensors, folder / file, metadata=content)
 
             agreement.first(put)
@@ -190,7 +171,7 @@ class _Written:
             "metadata": {"total_size": sum(map(self._bytes, self.sizes))},
             "weight_map": dict(sorted(index.items())),
         }
-        with _writing(folder):
+        with writing(folder):
             (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
 
     def _shards(self, most: int) -> Iterator[list[str]]:
@@ -209,10 +190,10 @@ class _Written:
     def _bytes(self, name: str) -> int:
         return int(np.prod(self.sizes[name])) * NUMPY[self.dtypes[name]].itemsize
 
-    def _dtype(self, name: str, origin: HubFolder | None, dtype: str | None) -> str:
+    def _dtype(self, name: str, origin: Origin | None, dtype: str | None) -> str:
         if dtype is not None:
             return dtype
-        return "float32" if origin is None else DTYPES[origin.tensors[name].dtype]
+        return "float32" if origin is None else origin.dtypes[name]
 
     def _pieces_by_tensor(self) -> dict[str, list[tuple[str, int | None, names.Piece]]]:
         """Return for each tensor (path, place in a stack, piece)."""
@@ -237,28 +218,19 @@ class _Written:
         return np.ascontiguousarray(whole.astype(NUMPY[self.dtypes[name]]))
 
 
-class _writing:
-    """Context that makes a CheckpointError of what the system says."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, CheckpointError):
-            raise CheckpointError(
-                f"the folder can't be written: {error}",
-                where=self.folder,
-                remedy=writing_remedy(error),
-            ) from error
-
-
 def _on_host(leaf: Any) -> np.ndarray:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     return np.asarray(leaf)
+
+
+def _origin(like: HubFolder | str | Path | None) -> Origin | None:
+    if like is None:
+        return None
+    if isinstance(like, HubFolder):
+        return like.origin
+    has_weights = not (Path(like) / TENSORS).is_file()
+    return open_folder(like).origin if has_weights else Origin.read(Path(like))
 
 
 def _module(source: Any) -> tuple[Any, int]:
@@ -289,7 +261,7 @@ def _shape_of_transformer(module: TransformerLM) -> DecoderShape:
     )
 
 
-def _family(shape: DecoderShape, origin: HubFolder | None) -> Family:
+def _family(shape: DecoderShape, origin: Origin | None) -> Family:
     """Return the family to write.
 
     Raises:
@@ -314,7 +286,7 @@ def _family(shape: DecoderShape, origin: HubFolder | None) -> Family:
 
 def _config(
     plan: _Written,
-    origin: HubFolder | None,
+    origin: Origin | None,
     context: int,
     dtype: str | None,
 ) -> dict[str, Any]:
@@ -336,7 +308,7 @@ def _begin(folder: Path, fresh: Path) -> None:
     Raises:
       CheckpointError: something is there, or it can't be made.
     """
-    with _writing(folder):
+    with writing(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(
                 "the folder is not empty",
@@ -351,30 +323,13 @@ def _finish(
     folder: Path,
     fresh: Path,
     config: Mapping[str, Any],
-    origin: HubFolder | None,
+    origin: Origin | None,
 ) -> None:
     """Write the configuration, copy what goes along, and put the folder in place."""
-    with _writing(folder):
+    with writing(folder):
         (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         if origin is not None:
-            copy_companions(origin.path, fresh)
+            origin.copy_companions(fresh)
         if folder.exists():
             folder.rmdir()
         fresh.rename(folder)
-
-
-def copy_companions(origin: Path, folder: Path) -> list[str]:
-    """Copy the files of tokenizer, chat template and licence, to the byte.
-
-    Returns:
-      Their names.
-    """
-    files = {path for pattern in COMPANIONS for path in origin.glob(pattern)}
-    copied = []
-    for path in sorted(files):
-        if path.is_file():
-            place = folder / path.relative_to(origin)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, place)
-            copied.append(str(path.relative_to(origin)))
-    return copied

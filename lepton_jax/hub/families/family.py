@@ -155,7 +155,7 @@ class Family:
         return {
             "architectures": [self.architecture],
             "model_type": self.name,
-            "max_position_embeddings": _longest(shape, context),
+            **_longest(shape, context),
             **self.write(shape),
             "tie_word_embeddings": shape.tied,
             "bos_token_id": None,
@@ -217,8 +217,13 @@ def _check_kind(keys: Keys, family: Family) -> None:
     keys.pass_over(["quantization_config", "auto_map"])
 
 
-def _longest(shape: DecoderShape, context: int) -> int:
-    """Return `max_position_embeddings`, from which "dynamic" scaling counts."""
+def _longest(shape: DecoderShape, context: int) -> dict[str, int]:
+    """Return `max_position_embeddings`, from which "dynamic" scaling counts.
+
+    GPT-2 has its table's rows instead.
+    """
+    if shape.positions:
+        return {}
     if shape.rotary is not None and shape.rotary.kind == "dynamic":
-        return shape.rotary.original
-    return context
+        context = shape.rotary.original
+    return {"max_position_embeddings": context}
