@@ -19,7 +19,8 @@ from lepton_jax.errors import CheckpointError, ModelError, SettingError
 from lepton_jax.hosts import agreement
 from lepton_jax.hub import names
 from lepton_jax.hub.families import Family, canonical, family_for
-from lepton_jax.hub.folder import CONFIG, HubFolder, open_folder
+from lepton_jax.hub.folder import HubFolder, open_folder
+from lepton_jax.hub.origin import CONFIG, TENSORS, Origin, writing
 from lepton_jax.hub.shards import EXTRA, INDEX, SINGLE
 from lepton_jax.models import DecoderLM, DecoderShape, Rotary, TransformerLM
 from lepton_jax.trees import by_path
