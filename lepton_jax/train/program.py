@@ -174,6 +174,41 @@ class Program:
         self._values = recipe_values(state)
         return state
 
+    def init_with(
+        self,
+        seed: int,
+        params: Any,
+    ) -> State:
+        """Return the state before the first step of a run with given parameters.
+
+        Args:
+          seed: of all else.
+          params: laid out as planned.
+        """
+
+        def init(seed: Any) -> Any:
+            key = jax.random.key(seed)
+            # XLA drops the parameters, of which nothing is returned.
+            _, variables = self.trace.functional.init(key)
+            return jnp.int32(0), variables, key
+
+        where = self.state_sharding
+        own = (where.step, where.variables, where.key)
+        step, variables, key = self._jit(init, out_shardings=own)(np.uint32(seed))
+        shapes = self.trace.state
+        rest = {"optimizer": shapes.optimizer, "controller": shapes.controller}
+        begun = self.begun(params, variables, by_path(rest))
+        leaves = [begun[path] for path in by_path(rest)]
+        made = jax.tree.unflatten(jax.tree.structure(rest), leaves)
+        return State(
+            step,
+            params,
+            variables,
+            made["optimizer"],
+            made["controller"],
+            key,
+        )
+
     def recipe_values(self) -> dict[str, float]:
         """Return the numbers that the recipe puts into its first state, by path.
 
