@@ -24,6 +24,7 @@ from lepton_jax.errors import (
     RecipeError,
     SettingError,
 )
+from lepton_jax.generate import generate
 from lepton_jax.hardware import Topology, topology
 from lepton_jax.heap import keep_freed_memory as _keep_freed_memory
 from lepton_jax.planner import Plan, Trace, plan, trace
@@ -63,6 +64,7 @@ __all__ = [
     "controllers",
     "cross_validate",
     "data",
+    "generate",
     "hardware",
     "losses",
     "metrics",
