@@ -3,6 +3,7 @@
 from importlib.metadata import version as _version
 
 from lepton_jax import (
+    adapt,
     augment,
     baselines,
     data,
@@ -59,6 +60,7 @@ __all__ = [
     "Topology",
     "Trace",
     "Trainer",
+    "adapt",
     "augment",
     "baselines",
     "controllers",
