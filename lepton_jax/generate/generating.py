@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +15,7 @@ from lepton_jax.generate.codec import Codec, codec_of
 from lepton_jax.generate.engine import Carry, Draws, Engine
 from lepton_jax.generate.filters import WHERE, Sampling
 from lepton_jax.generate.source import Source, source_of
-from lepton_jax.generate.text import RowText
+from lepton_jax.generate.text import RowText, is_whole, prompt_row
 from lepton_jax.trainer import Trainer
 
 # Tokens of a call where somebody looks at them in between: of a stream, or for stop
@@ -312,7 +311,7 @@ def _rows(prompts: Any, codec: Codec | None) -> tuple[bool, Rows]:
     """Return whether there is one prompt, and the tokens of each."""
     is_one = isinstance(prompts, str) or _are_numbers(prompts)
     rows = [prompts] if is_one else list(prompts)
-    return is_one, [_row(row, number, codec) for number, row in enumerate(rows)]
+    return is_one, [prompt_row(row, number, codec) for number, row in enumerate(rows)]
 
 
 def _are_numbers(prompt: Any) -> bool:
@@ -322,41 +321,7 @@ def _are_numbers(prompt: Any) -> bool:
 
 
 def _all_whole(prompt: Any) -> bool:
-    return len(prompt) > 0 and all(_is_whole(token) for token in prompt)
-
-
-def _is_whole(value: Any) -> bool:
-    try:
-        operator.index(value)
-    except TypeError:
-        return False
-    return not isinstance(value, bool)
-
-
-def _row(prompt: Any, number: int, codec: Codec | None) -> list[int]:
-    where = f"prompt {number}"
-    if isinstance(prompt, str):
-        if codec is None:
-            raise SettingError(
-                "a prompt is text, but there is no tokenizer",
-                where=where,
-                remedy="give tokenizer=..., or token ids",
-            )
-        prompt = codec.encode(prompt)
-    if not all(_is_whole(token) for token in prompt):
-        raise DataError(
-            f"the prompt is {prompt!r}",
-            where=where,
-            remedy="give a text, or token ids as whole numbers",
-        )
-    row = [int(token) for token in prompt]
-    if not row:
-        raise DataError(
-            "the prompt has no token",
-            where=where,
-            remedy="begin with one, such as the tokenizer's token for a text's begin",
-        )
-    return row
+    return len(prompt) > 0 and all(is_whole(token) for token in prompt)
 
 
 def _check_vocab(vocab: int | None, head: int) -> None:
@@ -380,7 +345,7 @@ def _check_tokens(rows: Rows, vocab: int) -> None:
 
 
 def _count(tokens: int) -> int:
-    if not _is_whole(tokens) or tokens < 1:
+    if not is_whole(tokens) or tokens < 1:
         raise SettingError(
             f"tokens is {tokens!r}; it must be a whole number of at least 1",
             where=WHERE,
@@ -410,8 +375,8 @@ def _stops(stop: str | Sequence[str], codec: Codec | None) -> tuple[str, ...]:
 def _ends(end: Any, codec: Codec | None) -> tuple[int, ...]:
     if end is None:
         return () if codec is None else codec.ends
-    ends = (end,) if _is_whole(end) else tuple(end)
-    if not all(_is_whole(token) and token >= 0 for token in ends):
+    ends = (end,) if is_whole(end) else tuple(end)
+    if not all(is_whole(token) and token >= 0 for token in ends):
         raise SettingError(
             f"end is {end!r}",
             where=WHERE,
@@ -422,11 +387,11 @@ def _ends(end: Any, codec: Codec | None) -> tuple[int, ...]:
 
 def _seeds(seed: Any, count: int) -> np.ndarray:
     """Return a seed for each row."""
-    if _is_whole(seed):
+    if is_whole(seed):
         sequence = np.random.SeedSequence(abs(int(seed)))
         return sequence.generate_state(count, np.uint32) if count else np.zeros(0)
     seeds = list(seed)
-    if len(seeds) != count or not all(_is_whole(one) and one >= 0 for one in seeds):
+    if len(seeds) != count or not all(is_whole(one) and one >= 0 for one in seeds):
         raise SettingError(
             f"seed is {seed!r} for {count} prompts",
             where=WHERE,

@@ -1,9 +1,12 @@
-"""The text of a row as it grows: pieces to show, and stop strings."""
+"""The text of a row: its prompt, and as it grows pieces to show, and stop strings."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
+from lepton_jax.errors import DataError, SettingError
 from lepton_jax.generate.codec import UNFINISHED, Codec
 
 
@@ -100,6 +103,52 @@ class RowText:
         whole = self.text.rstrip(UNFINISHED)
         held = [_overlap(whole, stop) for stop in self._stop]
         return len(whole) - max(held, default=0)
+
+
+def prompt_row(prompt: Any, number: int, codec: Codec | None) -> list[int]:
+    """Return the tokens of a prompt, a text or token ids.
+
+    Args:
+      prompt: the text or the token ids.
+      number: of the prompt, for messages.
+      codec: text to tokens, if anything is.
+
+    Raises:
+      SettingError: it is a text, and there is no codec.
+      DataError: it has no token, or something else than whole numbers.
+    """
+    where = f"prompt {number}"
+    if isinstance(prompt, str):
+        if codec is None:
+            raise SettingError(
+                "a prompt is text, but there is no tokenizer",
+                where=where,
+                remedy="give tokenizer=..., or token ids",
+            )
+        prompt = codec.encode(prompt)
+    if not all(is_whole(token) for token in prompt):
+        raise DataError(
+            f"the prompt is {prompt!r}",
+            where=where,
+            remedy="give a text, or token ids as whole numbers",
+        )
+    row = [int(token) for token in prompt]
+    if not row:
+        raise DataError(
+            "the prompt has no token",
+            where=where,
+            remedy="begin with one, such as the tokenizer's token for a text's begin",
+        )
+    return row
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
 
 
 def _overlap(text: str, stop: str) -> int:
