@@ -22,6 +22,7 @@ FLOORS = [
     {"planner", "launch"},
     {"train"},
     {"verify", "ship", "trainer", "generate"},
+    {"verify", "ship", "trainer", "hub"},
     {"cross_validation"},
     {"cli", "__main__"},
 ]
@@ -39,6 +40,7 @@ PLANNERS_ROOMS = (
     "show",
 )
 MOST_ROOMS = 29
+MOST_ROOMS = 27
 
 
 def module_of(path: Path) -> str:
@@ -166,6 +168,7 @@ def test_the_public_names_are_these():
         "data",
         "generate",
         "hardware",
+        "hub",
         "losses",
         "metrics",
         "models",
