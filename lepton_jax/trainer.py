@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import optax
 
+from lepton_jax import adapt
 from lepton_jax.baselines import Comparison, Samples
 from lepton_jax.checkpoint.adoption import Fresh
 from lepton_jax.checkpoint.durable import Checkpoints
@@ -459,6 +460,39 @@ class Trainer:
         trainer._opened = self._opened
         trainer._state(trainer._ready(shapes, traced.samples))
         return trainer
+
+    def merged(self) -> Trainer:
+        """Return a trainer of the plain model, with its adapters in the weights.
+
+        Its recipe's model and optimizer are those that `lepton_jax.adapt` was given, so
+        what it saves is a plain model. Optimizer and policies begin anew. Without
+        adapters it is this trainer itself.
+        """
+        model = adapt.plain_model(self.recipe.model)
+        if model is None:
+            return self
+        plain = adapt.merge(self.module())
+        optimizer = adapt.trained_by(self.recipe.optimizer)
+        trainer = self.with_module(plain, optimizer=optimizer)
+        program = trainer.program
+        state = trainer.state
+        assert program is not None and state is not None
+
+        # the same weights under the model's own name
+        named = Trainer(
+            trainer.recipe.with_(model=model),
+            devices=len(self._devices),
+            source=self._source,
+        )
+        named._opened = self._opened
+        named.step = self.step
+        shapes = (program.trace.inputs, program.trace.targets)
+        made = named._ready(shapes, program.trace.samples)
+        named.state = jax.device_put(
+            replace(named._state(made), params=state.params, variables=state.variables),
+            made.state_sharding,
+        )
+        return named
 
     def baseline(self, seconds: float = SECONDS) -> list[Comparison]:
         """Fit the recipe's baselines, and compare the network with them.

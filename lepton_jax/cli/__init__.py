@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": "show what a step would cost, on hardware that need not be there",
     "prepare": "make samples of raw files",
     "predict": "predict the rows of files, here or on a Ray cluster",
+    "generate": "write text with a trained language model",
     "export": "write a trained model for a runtime, and compare the two",
     "hub": "take models from Hugging Face folders, or write one",
     "serve": "answer requests with trained models, over HTTP",
