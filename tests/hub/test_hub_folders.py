@@ -72,8 +72,9 @@ def contents(folder):
 # ---- there and back ----
 
 
-@pytest.mark.parametrize("dtype", checkpoints.DTYPES)
-@pytest.mark.parametrize("tied", checkpoints.TIED)
+@pytest.mark.parametrize(
+    ("tied", "dtype"), zip(checkpoints.TIED, checkpoints.DTYPES, strict=True)
+)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_what_comes_in_goes_out_to_the_bit(tmp_path, family, tied, dtype):
     flags = {"llama": LLAMA, "gpt2": GPT_2 | {"buffers": False}}[family]
@@ -105,7 +106,7 @@ def test_a_configuration_of_our_own_says_the_same(tmp_path, family):
 @pytest.mark.parametrize("loop", ["unrolled", "scan"])
 def test_a_model_of_the_zoo_is_a_llama(tmp_path, loop):
     model = TransformerLM(
-        40, dim=16, layers=3, heads=4, kv_heads=2, loop=loop, rngs=nnx.Rngs(0)
+        40, dim=16, layers=2, heads=4, kv_heads=2, loop=loop, rngs=nnx.Rngs(0)
     )
     folder = lepton.hub.open(lepton.hub.save(model, tmp_path / "out"))
     assert folder.family.name == "llama"
