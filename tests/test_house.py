@@ -39,7 +39,6 @@ PLANNERS_ROOMS = (
     "show",
 )
 MOST_ROOMS = 29
-MOST_ROOMS = 29
 
 
 def module_of(path: Path) -> str:
