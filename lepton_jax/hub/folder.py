@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
+from lepton_jax import adapt
 from lepton_jax.data import extras
 from lepton_jax.errors import CheckpointError, ModelError
 from lepton_jax.hub import names, reading
@@ -21,7 +22,7 @@ from lepton_jax.hub.families import Family, family_of
 from lepton_jax.hub.origin import CONFIG, Origin, read_json
 from lepton_jax.hub.shards import DTYPES, Shards, listed
 from lepton_jax.models import DecoderLM, DecoderShape
-from lepton_jax.trees import by_path
+from lepton_jax.trees import by_path, matches
 
 if TYPE_CHECKING:
     from lepton_jax.trainer import Trainer
@@ -98,8 +99,8 @@ class HubFolder:
         policies begin anew.
 
         Args:
-          trainer: whose recipe has `model` as its model, or a `TransformerLM` of the
-            same shape.
+          trainer: whose recipe has `model` as its model, with adapters on it or not
+            (`lepton_jax.adapt`), or a `TransformerLM` of the same shape.
 
         Returns:
           The trainer.
@@ -116,12 +117,18 @@ class HubFolder:
         """Return parameters by path, on their devices.
 
         Args:
-          wanted: shapes by path, with dtype and sharding.
+          wanted: shapes by path, with dtype and sharding; those of adapters, which
+            no folder has, are left out.
 
         Raises:
           ModelError: they are not this model's.
           CheckpointError: a file can't be read.
         """
+        wanted = {
+            path: leaf
+            for path, leaf in wanted.items()
+            if not matches(path, adapt.PATTERN)
+        }
         found = self._sources_of(wanted)
         with Shards(self.path) as shards:
             return reading.read(shards, wanted, found)

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from lepton_jax import adapt
 from lepton_jax.data import extras
 from lepton_jax.errors import CheckpointError, ModelError, SettingError
 from lepton_jax.hosts import agreement
@@ -51,7 +52,7 @@ def save(
 
     Args:
       source: a trainer, whose weights to serve with are written; or a `DecoderLM` or
-        a `TransformerLM`.
+        a `TransformerLM`. Adapters are added to the kernels.
       folder: to be made, or empty.
       like: the folder that the model came from: its configuration, names and dtypes
         are kept, and its tokenizer, chat template and licence are copied untouched.
@@ -237,11 +238,18 @@ def _origin(like: HubFolder | str | Path | None) -> Origin | None:
 def _module(source: Any) -> tuple[Any, int]:
     """Return a trainer's module, or the module, and the length of its texts."""
     if isinstance(source, nnx.Module):
-        return source, CONTEXT
-    module = source.module()
+        return _merged(source), CONTEXT
+    module = _merged(source.module())
     inputs = jax.tree.leaves(source.trace.inputs)
     lengths = [leaf.shape[1] for leaf in inputs if len(leaf.shape) > 1]
     return module, max(lengths, default=CONTEXT)
+
+
+def _merged(module: Any) -> Any:
+    """Return a module whose adapters, if it has any, are added to its kernels."""
+    nodes = (node for _, node in nnx.iter_graph(module))
+    has_adapters = any(isinstance(node, adapt.LoRALinear) for node in nodes)
+    return adapt.merge(module) if has_adapters else module
 
 
 def _shape_of_transformer(module: TransformerLM) -> DecoderShape:

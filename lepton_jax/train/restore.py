@@ -189,17 +189,14 @@ class Reader:
 
         Args:
           read: shapes of all parameters by path, with dtype and sharding, to the
-            parameters.
+            parameters; those that it leaves out begin as the recipe's seed says.
         """
         wanted = {
             path.removeprefix(PARAMS): leaf
             for path, leaf in by_path(self.template()).items()
             if path.startswith(PARAMS)
         }
-        weights = read(wanted)
-        structure = jax.tree.structure(self.program.trace.state.params)
-        params = jax.tree.unflatten(structure, [weights[path] for path in wanted])
-        return self.program.init_with(self.program.recipe.seed, params)
+        return self.program.init_with(self.program.recipe.seed, read(wanted))
 
     def settle(
         self,

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import lepton_jax as lepton
+from lepton_jax import adapt
 from lepton_jax.cli import main
 from lepton_jax.hub import reading
 from lepton_jax.hub.families import FAMILIES, canonical, family_for
@@ -73,7 +74,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize(
-    ("tied", "dtype"), zip(checkpoints.TIED, checkpoints.DTYPES, strict=True)
+    ("tied", "dtype"), [*zip(checkpoints.TIED, checkpoints.DTYPES, strict=True)]
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_what_comes_in_goes_out_to_the_bit(tmp_path, family, tied, dtype):
@@ -270,6 +271,32 @@ def test_a_run_begins_with_the_weights_and_leaves_a_folder(tmp_path):
     again.load_into(trainer)
     assert trainer.step == 0
     assert not any(map(np.any, jax.tree.leaves(trainer.state.optimizer)))
+
+
+def test_adapters_begin_next_to_the_weights_and_are_merged_into_them(tmp_path):
+    folder = lepton.hub.open(made(tmp_path / "in", dtype="F32"))
+    tokens = np.stack([checkpoints.tokens_of(seed) for seed in range(2)])
+    trainer = lepton.Trainer(
+        model=adapt.lora(folder.model, rank=2, targets="query"),
+        loss=lepton.losses.cross_entropy,
+        optimizer=adapt.only(optax.sgd(1e-2)),
+        train=(tokens[:, :-1], tokens[:, 1:]),
+        batch_size=2,
+        devices=1,
+    )
+    folder.load_into(trainer)
+    module = trainer.module()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    came = load_file(tmp_path / "in" / "model.safetensors")
+    layer = module.blocks[0].attention.query
+    assert np.array_equal(layer.kernel[...].T, came[name])
+    assert np.any(layer.lora_a[...]) and not np.any(layer.lora_b[...])
+
+    layer.lora_b[...] = jnp.ones_like(layer.lora_b[...])
+    out = lepton.hub.save(module, tmp_path / "out", like=folder)
+    went = load_file(out / "model.safetensors")
+    assert {key for key in came if not np.array_equal(came[key], went[key])} == {name}
+    np.testing.assert_allclose(went[name], layer.merged_kernel().T, rtol=1e-6)
 
 
 def test_another_model_is_refused(tmp_path):
