@@ -21,8 +21,7 @@ FLOORS = [
     {"controller", "checkpoint", "adapt"},
     {"planner", "launch"},
     {"train"},
-    {"verify", "ship", "trainer", "generate"},
-    {"verify", "ship", "trainer", "hub"},
+    {"verify", "ship", "trainer", "generate", "hub"},
     {"cross_validation"},
     {"cli", "__main__"},
 ]
@@ -40,7 +39,6 @@ PLANNERS_ROOMS = (
     "show",
 )
 MOST_ROOMS = 29
-MOST_ROOMS = 27
 
 
 def module_of(path: Path) -> str:
