@@ -18,11 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 
-# These have no public names. `compiler` decides which process writes to the compilation
-# cache, `distributed` holds the key-value store of jax.distributed, `effects` knows the
-# effects that keep their order, `mlir` writes a program as bytes, and
-# `source_info_util` gives an equation its place in the user's code again.
-from jax._src import compiler, distributed, effects, source_info_util
+# These have no public names. `ad_util` adds gradients up, `compiler` decides which
+# process writes to the compilation cache, `distributed` holds the key-value store of
+# jax.distributed, `effects` knows the effects that keep their order, `mlir` writes a
+# program as bytes, and `source_info_util` gives an equation its place in the user's
+# code again.
+from jax._src import ad_util, compiler, distributed, effects, source_info_util
 from jax._src.interpreters import mlir
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import AxisType, Mesh
@@ -32,6 +33,7 @@ __all__ = [
     "ClosedJaxpr",
     "Jaxpr",
     "Literal",
+    "add_any",
     "at_source",
     "cache_hits",
     "compile_request",
@@ -334,6 +336,11 @@ def _ordered_effect_within(parameter: Any) -> Any | None:
             if eqn is not None:
                 return eqn
     return None
+
+
+def add_any(x: Any, y: Any) -> Any:
+    """Add two parts of a gradient, as JAX's own backward passes do."""
+    return ad_util.add_jaxvals(x, y)
 
 
 def scan_counts(
