@@ -101,18 +101,18 @@ def in_pieces(function: Callable, pieces: int) -> Callable:
     return shorter
 
 
-def logits_size(program: ClosedJaxpr) -> int:
-    """Return the elements of the largest logits that can be computed in pieces.
+def logits_shape(program: ClosedJaxpr) -> tuple[int, ...]:
+    """Return the shape of the largest logits that can be computed in pieces.
 
     Args:
       program: a loss, as in `in_pieces`.
 
     Returns:
-      Their number for all tokens; 0: there are no such logits.
+      The dims of the tokens, and the vocabulary last; (): there are no such logits.
     """
     program = _opened(program)
     found = find(program.jaxpr, len(program.jaxpr.invars), pieces=2)
-    return 0 if found is None else found.head.outvars[0].aval.size
+    return () if found is None else tuple(found.head.outvars[0].aval.shape)
 
 
 @dataclass

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -117,13 +117,19 @@ def primitives(jaxpr: Jaxpr) -> set[str]:
     names = set()
     for eqn in jaxpr.eqns:
         names.add(eqn.primitive.name)
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                if isinstance(inner, ClosedJaxpr):
-                    names |= primitives(inner.jaxpr)
-                elif isinstance(inner, Jaxpr):
-                    names |= primitives(inner)
+        for inner in parts(eqn):
+            names |= primitives(inner)
     return names
+
+
+def parts(eqn: Any) -> Iterator[Jaxpr]:
+    """Iterate over the programs that an equation runs: a loop's body, a call's, ..."""
+    for value in eqn.params.values():
+        for inner in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(inner, ClosedJaxpr):
+                yield inner.jaxpr
+            elif isinstance(inner, Jaxpr):
+                yield inner
 
 
 class Uses:

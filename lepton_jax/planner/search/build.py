@@ -95,6 +95,7 @@ def build(
         notes=(*verdict.notes, *notes),
         peak_least=verdict.bounds.least,
         peak_bound=verdict.bounds.most,
+        loss_pieces=trace.forms.loss_pieces,
     )
 
 
@@ -162,6 +163,12 @@ def _feeding_reasons(
     if assignment.micro_batches > 1 and feeding.slow_loops(trace, topology):
         reasons["micro-batches unrolled"] = (
             "XLA's CPU backend runs convolutions inside loops on a slow path"
+        )
+    pieces = trace.forms.loss_pieces
+    if pieces > 1:
+        reasons[f"loss in {pieces} pieces"] = (
+            "logits of all tokens, and their gradients, are not held at once; the"
+            " head's gradient is taken piece by piece in the forward pass"
         )
     for path, table in trace.tables.tables.items():
         reasons[f"rows of {path}"] = table.why
