@@ -68,8 +68,12 @@ from lepton_jax.planner.rewrite.rows import (
 # Calls that are opened to look into. Those with a derivative of their own stay.
 OPENED = ("jit", "pjit", "closed_call", "core_call")
 
-# Arrays of at least this share of the logits' elements are not kept whole. Assumption:
-# hidden units are a hundredth of a large vocabulary, and no tenth.
+# Products that are looked at, the largest first. Assumption: where a hidden layer is
+# wider than the vocabulary, so are its two or three products.
+MOST_HEADS = 8
+
+# A result of at least this share of the logits' elements would spare too little.
+# Assumption.
 LARGE = 1 / 8
 
 
@@ -130,6 +134,10 @@ class Region:
       pulled: variables that it makes for itself, though they don't need the logits.
       numbers: of its equations in the program.
       later: variables that need results of it, and are made outside.
+      stacked: variables with rows that are needed outside.
+      twice: numbers of equations that are run outside, too.
+      moving: variables of real numbers that depend on the parameters.
+      steering: results that the value depends on.
     """
 
     head: Any
@@ -143,8 +151,8 @@ class Region:
     numbers: set[int] = field(default_factory=set)
     later: set[Any] = field(default_factory=set)
 
-    # set by `find`
     stacked: list[Any] = field(default_factory=list)
+    twice: set[int] = field(default_factory=set)
     moving: set[Any] = field(default_factory=set)
     steering: list[Any] = field(default_factory=list)
 
@@ -157,18 +165,19 @@ def find(jaxpr: Jaxpr, parameters: int, pieces: int) -> Region | None:
       parameters: the number of inputs by which it is differentiated.
       pieces: how many there should be, about.
     """
-    heads = [eqn for eqn in jaxpr.eqns if _is_head(eqn)]
+    moving = _moving(jaxpr, parameters)
+    heads = [eqn for eqn in reversed(jaxpr.eqns) if _is_head(eqn)]
     heads.sort(key=lambda eqn: -eqn.outvars[0].aval.size)
-    for head in heads[:1]:
+    for head in heads[:MOST_HEADS]:
         # the last dim of the tokens first: their position in a sample, not the sample
         for dim in reversed(range(len(head.outvars[0].aval.shape) - 1)):
             count = head.outvars[0].aval.shape[dim]
             divisor = _divisor(count, pieces)
             if divisor is None:
                 continue
-            region = _Growth(jaxpr, Region(head, count, divisor), dim).region()
-            if region is not None:
-                _differentiate(jaxpr, region, parameters)
+            region = Region(head, count, divisor, moving=moving)
+            if _Growth(jaxpr, region, dim).succeeds():
+                region.steering = _steering_results(jaxpr, region)
                 return region
     return None
 
@@ -225,22 +234,38 @@ class _Growth:
         self.found = region
         self.uses = Uses(jaxpr)
         self.place = {id(eqn): number for number, eqn in enumerate(jaxpr.eqns)}
-        self.large = LARGE * region.head.outvars[0].aval.size
+        self.size = region.head.outvars[0].aval.size
         self.dim = dim
 
-    def region(self) -> Region | None:
-        """Return the region; None: something needs the logits of several rows."""
+    def succeeds(self) -> bool:
+        """Grow the region; False: something needs the logits of several rows.
+
+        Nor does it succeed if another layer follows: then this was no head.
+        """
         found = self.found
         head = found.head
         if not self._take_in(head, Rows(self.dim, 1)):
-            return None
+            return False
         for eqn in self.jaxpr.eqns[self.place[id(head)] + 1 :]:
             if not self._joins(eqn):
                 found.later.update(self._late(eqn))
-        found.stacked = self._stacked()
-        if any(variable.aval.size >= self.large for variable in found.stacked):
-            return None
-        return found if found.sums or found.stacked else None
+        self._look_outside()
+        large = LARGE * self.size
+        if any(variable.aval.size >= large for variable in found.stacked):
+            return False
+        return bool(found.sums or found.stacked) and not self._has_layers()
+
+    def _has_layers(self) -> bool:
+        """Whether there are products with parameters in addition to the head."""
+        found = self.found
+        for number in found.numbers:
+            eqn = self.jaxpr.eqns[number]
+            if eqn.primitive.name != "dot_general" or eqn is found.head:
+                continue
+            outside = (v for v in eqn.invars if v not in found.made)
+            if any(v in found.moving for v in outside):
+                return True
+        return False
 
     def _joins(self, eqn: Any) -> bool:
         """Take in an equation that uses a value of the region, if that can be."""
@@ -301,39 +326,45 @@ class _Growth:
         return known.get(operand, rows) == rows
 
     def _bring(self, operand: Any, rows: Rows | None) -> None:
-        """Let the region take a value from outside, or make it if it is large."""
+        """Let the region take a value, or make it if it is as large as the logits."""
         found = self.found
         if rows is None:
             found.whole[operand] = None
             return
         maker = self.uses.maker.get(operand)
         is_free = maker is not None and not maker.effects
-        is_large = operand.aval.size >= self.large
+        is_large = operand.aval.size >= self.size
         if is_large and is_free and self._take_in(maker, rows):
             found.pulled.add(operand)
         else:
             found.taken[operand] = rows
 
-    def _stacked(self) -> list[Any]:
-        """List the values with rows that are needed outside."""
+    def _look_outside(self) -> None:
+        """Note what is needed outside of the region: results, and what it pulled in."""
         found = self.found
-        needed = []
-        for number, eqn in enumerate(self.jaxpr.eqns):
-            if number not in found.numbers:
-                needed += eqn.invars
-        needed += self.jaxpr.outvars
-        outside = {v for v in needed if not isinstance(v, Literal)}
-        return [v for v in found.made if v in outside and v not in found.pulled]
+        needed = {v for v in self.jaxpr.outvars if not isinstance(v, Literal)}
+        for number in reversed(range(len(self.jaxpr.eqns))):
+            eqn = self.jaxpr.eqns[number]
+            if number in found.numbers:
+                variable = eqn.outvars[0]
+                if variable not in found.pulled or variable not in needed:
+                    continue
+                found.twice.add(number)
+            needed.update(v for v in eqn.invars if not isinstance(v, Literal))
+        found.stacked = [v for v in found.made if v in needed - found.pulled]
 
 
-def _differentiate(jaxpr: Jaxpr, region: Region, parameters: int) -> None:
-    """Note what moves with the parameters, and which results steer the gradient."""
+def _moving(jaxpr: Jaxpr, parameters: int) -> set[Any]:
+    """List the variables of real numbers that depend on the parameters."""
     moving = set(jaxpr.invars[:parameters])
     for eqn in jaxpr.eqns:
         if any(v in moving for v in eqn.invars if not isinstance(v, Literal)):
             moving.update(eqn.outvars)
-    region.moving = {v for v in moving if _is_real(v)}
+    return {v for v in moving if _is_real(v)}
 
+
+def _steering_results(jaxpr: Jaxpr, region: Region) -> list[Any]:
+    """List the results of a region on which the value depends."""
     value = jaxpr.outvars[0]
     steering = set() if isinstance(value, Literal) else {value}
     for number in reversed(range(len(jaxpr.eqns))):
@@ -343,7 +374,7 @@ def _differentiate(jaxpr: Jaxpr, region: Region, parameters: int) -> None:
         if any(variable in steering for variable in eqn.outvars):
             steering.update(v for v in eqn.invars if not isinstance(v, Literal))
     results = [*region.stacked, *region.sums]
-    region.steering = [v for v in results if v in steering and v in region.moving]
+    return [v for v in results if v in steering and v in region.moving]
 
 
 def _is_real(variable: Any) -> bool:
@@ -365,7 +396,7 @@ def _run(program: ClosedJaxpr, leaves: Sequence[Any], region: Region) -> list[An
         is_late = any(variable in region.later for variable in eqn.outvars)
         if is_late or (eqn.effects and _uses_any(eqn, region)):
             after.append(eqn)
-        elif number not in region.numbers or eqn.outvars[0] in region.pulled:
+        elif number not in region.numbers or number in region.twice:
             before.append(eqn)
     run_equations(before, env)
     with at_source(region.head, ()):
