@@ -48,6 +48,7 @@ __all__ = [
     "placed",
     "scan_counts",
     "source_line",
+    "splash_gradient",
     "static_text",
     "whole_axes",
     "without_paths",
@@ -351,6 +352,50 @@ def scan_counts(
         return eqn.params["num_consts"], eqn.params["num_carry"]
     consts, carried, _ = eqn.params["ft_in"].unpack()
     return len(list(consts)), len(list(carried))
+
+
+def splash_gradient(
+    kernel: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    out: Any,
+    cotangent: Any,
+    sums: Any,
+) -> tuple[Any, Any, Any]:
+    """Run the backward pass of splash attention, which has no public name.
+
+    Args:
+      kernel: a `SplashAttentionKernel`, not of a mask that is an array.
+      query: (heads, length, width).
+      key: likewise, of its own number of heads.
+      value: likewise.
+      out: what the forward pass returned.
+      cotangent: of that.
+      sums: logarithms of the sums, (heads, length).
+
+    Returns:
+      The gradients by query, key and value.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+    )
+
+    options = kernel.kwargs
+    masks = (kernel.dq_mask_info, kernel.dkv_mask_info)
+    gradients = kernels._splash_attention_bwd(
+        False,
+        options["mask_value"],
+        options["is_mqa"],
+        options["block_sizes"],
+        None,
+        options["mask_function"],
+        options["attn_logits_soft_cap"],
+        options["interpret"],
+        (query, key, value, None, None, out, sums, *masks),
+        cotangent,
+    )
+    return gradients[3:6]
 
 
 def jit_on(

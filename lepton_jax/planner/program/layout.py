@@ -43,6 +43,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lepton_jax.planner.program.graph import BARRIER, KEEPING, Graph, Operation, Value
+from lepton_jax.planner.program.kernels import BATCH, KERNELS, heads_dim
 
 # A mask of mesh axes for each dim; mesh axis i is bit 1 << i.
 Spec = tuple[int, ...]
@@ -421,7 +422,35 @@ class Layout:
                 wanted[number] = whole
                 moves += self._gather(number, value, spec, whole)
                 specs[number] = whole
+        if op.name in KERNELS:
+            moves += self._alike(op, specs, wanted)
         return Decision(wanted, None, tuple(moves))
+
+    def _alike(
+        self,
+        op: Operation,
+        specs: dict[int, Spec],
+        wanted: dict[int, Spec],
+    ) -> list[Move]:
+        """Split samples and heads alike in all operands of a kernel.
+
+        Heads of keys may be too few for the mesh axes that split those of queries.
+        """
+        samples = heads = -1
+        for spec in specs.values():
+            samples &= spec[BATCH]
+            heads &= spec[heads_dim(spec)]
+        moves = []
+        for number, spec in specs.items():
+            goal = [0] * len(spec)
+            goal[BATCH] = samples
+            goal[heads_dim(spec)] = heads
+            if tuple(goal) != spec:
+                value = op.inputs[number]
+                assert value is not None
+                wanted[number] = tuple(goal)
+                moves += self._gather(number, value, spec, tuple(goal))
+        return moves
 
     def _gather(
         self,

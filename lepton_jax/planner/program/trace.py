@@ -96,6 +96,7 @@ class Trace:
             forms = rewrite.forms_for(
                 self.jaxpr,
                 self._traced_loss,
+                topology.platform,
                 topology.devices,
                 self.recipe.micro_batches,
             )

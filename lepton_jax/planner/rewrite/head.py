@@ -46,12 +46,11 @@ from jax import lax
 
 from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal, add_any, at_source
 from lepton_jax.planner.rewrite.program import (
-    CALLS,
     Env,
     Uses,
+    opened,
     operands_of,
     read,
-    retraced,
     run,
     run_equations,
 )
@@ -64,9 +63,6 @@ from lepton_jax.planner.rewrite.rows import (
     sums_rows,
     taken_apart,
 )
-
-# Calls that are opened to look into. Those with a derivative of their own stay.
-OPENED = ("jit", "pjit", "closed_call", "core_call")
 
 # Products that are looked at, the largest first. Assumption: where a hidden layer is
 # wider than the vocabulary, so are its two or three products.
@@ -94,7 +90,7 @@ def in_pieces(function: Callable, pieces: int) -> Callable:
 
     def shorter(*args: Any) -> Any:
         program, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-        program = _opened(program)
+        program = opened(program)
         leaves = jax.tree.leaves(args)
         found = find(program.jaxpr, len(jax.tree.leaves(args[0])), pieces)
         results = (
@@ -114,7 +110,7 @@ def logits_shape(program: ClosedJaxpr) -> tuple[int, ...]:
     Returns:
       The dims of the tokens, and the vocabulary last; (): there are no such logits.
     """
-    program = _opened(program)
+    program = opened(program)
     found = find(program.jaxpr, len(program.jaxpr.invars), pieces=2)
     return () if found is None else tuple(found.head.outvars[0].aval.shape)
 
@@ -166,7 +162,7 @@ def find(jaxpr: Jaxpr, parameters: int, pieces: int) -> Region | None:
       pieces: how many there should be, about.
     """
     moving = _moving(jaxpr, parameters)
-    heads = [eqn for eqn in reversed(jaxpr.eqns) if _is_head(eqn)]
+    heads: list[Any] = [eqn for eqn in reversed(jaxpr.eqns) if _is_head(eqn)]
     heads.sort(key=lambda eqn: -eqn.outvars[0].aval.size)
     for head in heads[:MOST_HEADS]:
         # the last dim of the tokens first: their position in a sample, not the sample
@@ -183,20 +179,6 @@ def find(jaxpr: Jaxpr, parameters: int, pieces: int) -> Region | None:
 
 
 # ---- internals: finding it ----
-
-
-def _opened(program: ClosedJaxpr) -> ClosedJaxpr:
-    """Return a program without calls that only give a part a name."""
-
-    def rule(eqn: Any, env: Env) -> list[Any] | None:
-        if eqn.primitive.name not in OPENED:
-            return None
-        inner = eqn.params[CALLS[eqn.primitive.name]]
-        if isinstance(inner, Jaxpr):
-            inner = ClosedJaxpr(inner, ())
-        return run(inner, operands_of(eqn, env), rule)
-
-    return retraced(program, rule)
 
 
 def _is_head(eqn: Any) -> bool:
@@ -511,7 +493,8 @@ def _looped(piece: Callable, steering: int | None, moving: Any, still: Any) -> A
         if steering is not None:
             scaled = partial(_scaled, cotangents[1][steering])
             return jax.tree.map(scaled, kept, dtypes), None
-        return _again(piece, *kept, cotangents), None
+        own, others = kept
+        return _again(piece, own, others, cotangents), None
 
     looped.defvjp(forward, backward)
     return looped(moving, still)

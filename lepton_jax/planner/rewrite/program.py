@@ -29,6 +29,9 @@ CALLS = {
     "custom_vjp_call": "call_jaxpr",
 }
 
+# Those of them that only give a part a name: the others have a derivative of their own.
+NAMED_PARTS = ("jit", "pjit", "closed_call", "core_call")
+
 Env = dict[Any, Any]
 # (equation, values so far) to its results; None: it is bound as it is
 Rule = Callable[[Any, Env], list[Any] | None]
@@ -37,6 +40,24 @@ Rule = Callable[[Any, Env], list[Any] | None]
 def flat(program: ClosedJaxpr) -> ClosedJaxpr:
     """Return a program without calls, also in the bodies of its scans."""
     return retraced(program, _inlined)
+
+
+def opened(program: ClosedJaxpr) -> ClosedJaxpr:
+    """Return a program that is still to be differentiated, without named parts.
+
+    Those in the bodies of its loops are opened, too.
+    """
+
+    def rule(eqn: Any, env: Env) -> list[Any] | None:
+        name = eqn.primitive.name
+        operands = operands_of(eqn, env)
+        if name == "scan":
+            return bind(eqn, operands, jaxpr=opened(eqn.params["jaxpr"]))
+        if name not in NAMED_PARTS:
+            return None
+        return run(_called(eqn), operands, rule)
+
+    return retraced(program, rule)
 
 
 def retraced(program: ClosedJaxpr, rule: Rule) -> ClosedJaxpr:
@@ -190,10 +211,12 @@ def _inlined(eqn: Any, env: Env) -> list[Any] | None:
         return bind(eqn, operands, jaxpr=flat(eqn.params["jaxpr"]))
     if name not in CALLS:
         return None
-    inner = eqn.params[CALLS[name]]
-    if isinstance(inner, Jaxpr):
-        inner = ClosedJaxpr(inner, ())
-    return run(inner, operands, _inlined)
+    return run(_called(eqn), operands, _inlined)
+
+
+def _called(eqn: Any) -> ClosedJaxpr:
+    inner = eqn.params[CALLS[eqn.primitive.name]]
+    return ClosedJaxpr(inner, ()) if isinstance(inner, Jaxpr) else inner
 
 
 def _shape(aval: Any) -> jax.ShapeDtypeStruct:

@@ -21,6 +21,18 @@ from lepton_jax.planner.search.limits import CAUSES
 from lepton_jax.planner.search.masks import has, sample_axes
 from lepton_jax.trees import by_path, nbytes
 
+# what a kernel of attention does, by its name
+KERNELS = {
+    "blocks": (
+        "scores of a block of queries at a time, computed again in the backward pass;"
+        " blocks that see nothing are skipped"
+    ),
+    "splash": (
+        "JAX's kernel for TPUs: scores stay in the memory next to the processor, and"
+        " blocks that see nothing are skipped"
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -96,6 +108,7 @@ def build(
         peak_least=verdict.bounds.least,
         peak_bound=verdict.bounds.most,
         loss_pieces=trace.forms.loss_pieces,
+        attention=trace.forms.attention,
     )
 
 
@@ -164,6 +177,9 @@ def _feeding_reasons(
         reasons["micro-batches unrolled"] = (
             "XLA's CPU backend runs convolutions inside loops on a slow path"
         )
+    kernel = trace.forms.attention
+    if kernel:
+        reasons[f"attention {kernel}"] = KERNELS[kernel]
     pieces = trace.forms.loss_pieces
     if pieces > 1:
         reasons[f"loss in {pieces} pieces"] = (
