@@ -173,7 +173,9 @@ class _Interpreter:
         operands = self._move_operands(op, operands, decision)
         if op.name in KERNELS:
             results = self._kernel(op, operands, decision)
-        elif product is not None and product.groups > 1:
+            pairs = zip(results, op.outputs, strict=True)
+            return [self._put_where_it_lies(x, value) for x, value in pairs]
+        if product is not None and product.groups > 1:
             results = [self._grouped(op, product, operands, decision)]
         else:
             results = _bind(op.eqn, operands)
@@ -286,12 +288,12 @@ class _Interpreter:
             spec[heads_dim(value.shape)] = heads
             results.append(partition(tuple(spec), self.mesh.axis_names))
         return jax.shard_map(
-            partial(_bind, op.eqn),
+            lambda *local: _bind(op.eqn, list(local)),
             mesh=self.mesh,
-            in_specs=(tuple(partition(s, self.mesh.axis_names) for s in specs),),
+            in_specs=tuple(partition(s, self.mesh.axis_names) for s in specs),
             out_specs=results,
             check_vma=False,
-        )(tuple(operands))
+        )(*operands)
 
     def _grouped(
         self,

@@ -42,7 +42,7 @@ def attention_seconds(op: Operation, chip: Chip) -> float:
         return flops / (rate * SPLASH_FRACTION * filled)
 
     passes = FORWARD_PASSES if op.name == ATTENTION else BACKWARD_PASSES
-    scores = math.prod((query[0], query[HEADS], query[LENGTH], key[LENGTH]))
+    scores = float(math.prod((query[0], query[HEADS], query[LENGTH], key[LENGTH])))
     scores *= seen_share(query[LENGTH], key[LENGTH], how)
     moved = passes * scores * SCORE_BYTES
     return flops / rate + moved / (chip.bandwidth * chip.memory_fraction)

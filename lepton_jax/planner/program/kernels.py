@@ -31,30 +31,31 @@ SPLASH_BACKWARD_PRODUCTS = 7
 
 def join_attention(graph: Any, op: Any) -> None:
     """Join samples and heads of a kernel's arrays; length and width are whole."""
-    arrays = [*op.inputs, *op.outputs]
     first = op.inputs[0]
     for number, value in enumerate(op.inputs):
-        if value is None:
-            continue
-        dims = (LENGTH, WIDTH) if len(value.shape) == len(first.shape) else (2,)
+        dims = (
+            (LENGTH, WIDTH) if len(value.shape) > WIDTH else (length_dim(value.shape),)
+        )
         op.whole += [(number, dim) for dim in dims]
-    for value in arrays:
-        if value is None:
-            continue
-        has_width = len(value.shape) == len(first.shape)
-        heads = HEADS if has_width else 1
+    for value in (*op.inputs, *op.outputs):
+        shape = value.shape
         graph.join(value.nodes[BATCH], first.nodes[BATCH])
-        graph.join(value.nodes[heads], first.nodes[HEADS])
-        length = LENGTH if has_width else 2
-        if value.shape[length] == first.shape[LENGTH]:
+        graph.join(value.nodes[heads_dim(shape)], first.nodes[HEADS])
+        length = length_dim(shape)
+        if shape[length] == first.shape[LENGTH]:
             graph.join(value.nodes[length], first.nodes[LENGTH])
-        if has_width and value.shape[WIDTH] == first.shape[WIDTH]:
+        if len(shape) > WIDTH:
             graph.join(value.nodes[WIDTH], first.nodes[WIDTH])
 
 
 def heads_dim(shape: Sequence[int]) -> int:
     """Return the dim of the heads of one of a kernel's arrays."""
     return HEADS if len(shape) > WIDTH else 1
+
+
+def length_dim(shape: Sequence[int]) -> int:
+    """Return the dim of the length of one of a kernel's arrays."""
+    return LENGTH if len(shape) > WIDTH else 2
 
 
 def attention_flops(op: Any) -> float:

@@ -250,9 +250,10 @@ def _attention(query: Any, key: Any, value: Any, *, how: How) -> list[jax.Array]
 
 
 def _gradient(*arrays: Any, how: How) -> list[jax.Array]:
+    run: Any = splash.backward
     if how.kernel == "blocks":
-        return _gradient_in_blocks(*arrays, how=how)
-    return splash.backward(*arrays, how=how)
+        run = _gradient_in_blocks
+    return run(*arrays, how)
 
 
 def _attention_shapes(query: Any, key: Any, value: Any, *, how: How) -> list[Any]:

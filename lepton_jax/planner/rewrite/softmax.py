@@ -132,10 +132,12 @@ def _attention(result: Any, uses: Uses) -> Found | None:
             continue
         for causal in (True, False):
             pattern = _pattern(result.aval.shape, shape, str(value.aval.dtype), causal)
-            match = None if pattern is None else _Match(pattern, uses)
-            if match is not None and match.holds(result):
-                arrays = [match.bound[v] for v in pattern.jaxpr.invars]
-                return Found(result, *arrays, causal, match.scale)
+            if pattern is None:
+                continue
+            match = _Match(pattern, uses)
+            if match.holds(result):
+                query, key, _ = (match.bound[v] for v in pattern.jaxpr.invars)
+                return Found(result, query, key, value, causal, match.scale)
     return None
 
 

@@ -65,7 +65,8 @@ def backward(
     arrays = [_heads_first(x) for x in (scaled, key, value, out, cotangent)]
     missing = arrays[0].shape[2] - sums.shape[2]
     sums = jnp.pad(sums, ((0, 0), (0, 0), (0, missing)))
-    gradients = jax.vmap(functools.partial(splash_gradient, kernel))(*arrays, sums)
+    run: Any = functools.partial(splash_gradient, kernel)
+    gradients = jax.vmap(run)(*arrays, sums)
     of_query, of_key, of_value = (
         _length_first(x, like.shape[1])
         for x, like in zip(gradients, (query, key, value), strict=True)
