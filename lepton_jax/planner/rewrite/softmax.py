@@ -39,6 +39,9 @@ from lepton_jax.planner.rewrite.program import (
 # A scale that nobody uses: where the pattern has it, the program has its own.
 ANY_SCALE = 0.12345679
 
+# Options that say where a result lies: a program that is traced for a mesh has others.
+PLACES = ("sharding", "out_sharding")
+
 # Operations between the products' result and attention's.
 MOVES = ("reshape", "transpose")
 
@@ -225,6 +228,8 @@ def _alike(eqn: Any, other: Any) -> bool:
     if eqn.params.keys() != other.params.keys():
         return False
     for name, own in eqn.params.items():
+        if name in PLACES:
+            continue
         theirs = other.params[name]
         if own is not theirs and str(own) != str(theirs):
             return False
