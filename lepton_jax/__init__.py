@@ -3,10 +3,12 @@
 from importlib.metadata import version as _version
 
 from lepton_jax import (
+    adapt,
     augment,
     baselines,
     data,
     hardware,
+    hub,
     losses,
     metrics,
     models,
@@ -24,6 +26,7 @@ from lepton_jax.errors import (
     RecipeError,
     SettingError,
 )
+from lepton_jax.generate import generate
 from lepton_jax.hardware import Topology, topology
 from lepton_jax.heap import keep_freed_memory as _keep_freed_memory
 from lepton_jax.planner import Plan, Trace, plan, trace
@@ -58,12 +61,15 @@ __all__ = [
     "Topology",
     "Trace",
     "Trainer",
+    "adapt",
     "augment",
     "baselines",
     "controllers",
     "cross_validate",
     "data",
+    "generate",
     "hardware",
+    "hub",
     "losses",
     "metrics",
     "models",

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from lepton_jax.cli import settings
 from lepton_jax.cli.prepare import _bytes
 from lepton_jax.data.extras import needs
 from lepton_jax.errors import LeptonError, SettingError
+from lepton_jax.planner.show.words import plural
 
 if TYPE_CHECKING:
     from lepton_jax.ship.scale.batch import Summary
@@ -136,10 +137,9 @@ def _work(job: Any, made: Any) -> None:
 
 
 def _in_words(summary: Summary, seconds: float) -> str:
-    lines = [
-        f"{summary.rows:,} rows in {summary.parts} parts, {seconds:.1f} s:"
-        f" {summary.folder}"
-    ]
+    rows = plural(summary.rows, "row")
+    parts = plural(summary.parts, "part")
+    lines = [f"{rows} in {parts}, {seconds:.1f} s: {summary.folder}"]
     if summary.refused:
         lines.append(f"{summary.refused:,} rows have an error in place of a prediction")
         most = sorted(summary.reasons.items(), key=lambda each: -each[1])
@@ -224,6 +224,3 @@ def _add_engine(add: Callable[..., Any]) -> None:
         metavar="N",
         help="GPUs of a task (default: none)",
     )
-
-
-__all__: Sequence[str] = ["main"]

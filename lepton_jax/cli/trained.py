@@ -42,6 +42,7 @@ def trainer_of(
     place: str | Path,
     recipe: Path | None = None,
     step: int | None = None,
+    devices: int | None = None,
 ) -> Trainer:
     """Return the trainer of a run, or of a saved model, with its weights.
 
@@ -52,6 +53,8 @@ def trainer_of(
       place: folder of the run, or of the saved model.
       recipe: where the recipe's file is now; None: where it was.
       step: of the checkpoint; None: the latest.
+      devices: how many of the live ones to use; None: one, or all where the recipe has
+        no file.
 
     Raises:
       LeptonError: nothing of the kind is there, or it can't be read.
@@ -60,7 +63,7 @@ def trainer_of(
     run = _described(place)
     file = recipe or run.get("file")
     if file is None and not (place / "events.jsonl").exists():
-        return Trainer.open(place)
+        return Trainer.open(place, devices=devices)
     if file is None or not Path(file).is_file():
         raise SettingError(
             f"the recipe of the run is gone: there is no file {file}",
@@ -87,7 +90,7 @@ def trainer_of(
     }
     return Trainer(
         made,
-        devices=1,
+        devices=devices or 1,
         source=source,
     ).load(
         place,

@@ -15,6 +15,7 @@ from lepton_jax.data.disk_cache import DiskCache
 from lepton_jax.data.feed import Feed
 from lepton_jax.data.idx import idx, read_idx
 from lepton_jax.data.limits import Limit, check_limits
+from lepton_jax.data.packing import instruction, masked
 from lepton_jax.data.picture_files import Picture
 from lepton_jax.data.pipeline import Dataset, Source, mix, pictures, shards
 from lepton_jax.data.preprocess import divided, grey, standardized
@@ -43,6 +44,8 @@ __all__ = [
     "grey",
     "host_rows",
     "idx",
+    "instruction",
+    "masked",
     "mix",
     "one_pass",
     "open_feed",

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lepton_jax.data.arrays import aligned_empty
-from lepton_jax.data.packing import Piece
+from lepton_jax.data.packing import PADDING, Piece, learned, unmasked
 from lepton_jax.data.rows import Rows, lengths
 from lepton_jax.data.shuffling import mixed_keys
 from lepton_jax.data.streams import Draw, Padding, Stream, Test, fields
@@ -38,9 +38,6 @@ TOGETHER = 1024
 
 # Plans in a row without a token to predict, after which it is an error. Assumption.
 FRUITLESS = 16
-
-# Target of padding; `lepton_jax.losses.padded_cross_entropy` leaves it out.
-PADDING = -1
 
 
 @dataclass(frozen=True)
@@ -214,7 +211,7 @@ class FitDraw:
                 tokens = documents[places[piece.document]]
                 self._check(tokens, piece)
                 here = slice(at, at + _size(piece))
-                inputs[row, here] = tokens[piece.start : piece.stop]
+                inputs[row, here] = unmasked(tokens[piece.start : piece.stop])
                 targets[row, here] = self._targets(
                     tokens,
                     piece,
@@ -272,9 +269,9 @@ class FitDraw:
     ) -> np.ndarray:
         following = tokens[piece.start + 1 : piece.stop + 1]
         if len(following) == _size(piece):
-            return following
+            return learned(following)
         assert self.form.end is not None
-        return np.append(following, self.form.end)
+        return np.append(learned(following), self.form.end)
 
     def _check(
         self,

@@ -15,6 +15,10 @@ tokens is abc.defgh. and the rows are
 
 A row's last target is the next row's first input. A document's own end token counts as
 its last one, so abc is 4 long.
+
+A token that is read and not learned, such as one of a prompt, stands in its document as
+its complement, ~t = -1 - t (see `masked`). It is an input like any other, and where it
+would be a target, the target is -1.
 """
 
 from __future__ import annotations
@@ -38,9 +42,52 @@ from lepton_jax.data.streams import (
 )
 from lepton_jax.errors import DataError
 
+# Target of what is not learned: padding, and masked tokens;
+# `lepton_jax.losses.padded_cross_entropy` leaves it out.
+PADDING = -1
+
 # Documents that are measured beyond those that a row is expected to need. Assumption:
 # enough that a few short ones among them do not make it look again.
 MEASURED_AHEAD = 16
+
+
+def masked(tokens: Any) -> np.ndarray:
+    """Return tokens that are read and not learned, for a document: int32.
+
+    >>> masked([0, 7])
+    array([-1, -8], dtype=int32)
+    """
+    return ~np.asarray(tokens, np.int32)
+
+
+def instruction(prompt: Any, answer: Any) -> np.ndarray:
+    """Return a document of a prompt that is read, and an answer that is learned.
+
+    Longer dialogues are `np.concatenate` of `masked(...)` and what is learned.
+
+    Args:
+      prompt: token ids.
+      answer: token ids; pack with `end` to also learn where it ends.
+
+    Returns:
+      A document for a `Source` that is packed, int32. The loss must be
+      `lepton_jax.losses.padded_cross_entropy`.
+
+    Example:
+      >>> instruction([5, 6], [1, 2])
+      array([-6, -7,  1,  2], dtype=int32)
+    """
+    return np.concatenate([masked(prompt), np.asarray(answer, np.int32)])
+
+
+def unmasked(tokens: np.ndarray) -> np.ndarray:
+    """Return the tokens themselves, of which some may be masked."""
+    return np.where(tokens < 0, ~tokens, tokens)
+
+
+def learned(tokens: np.ndarray) -> np.ndarray:
+    """Return tokens as targets, with -1 for the masked ones."""
+    return np.maximum(tokens, PADDING)
 
 
 @dataclass(frozen=True)
@@ -140,8 +187,8 @@ class PackDraw:
             self._write_tokens(tokens[row], pieces, documents)
         inputs = aligned_empty((count, length), np.int32)
         targets = aligned_empty((count, length), np.int32)
-        inputs[:] = tokens[:, :-1]
-        targets[:] = tokens[:, 1:]
+        inputs[:] = unmasked(tokens[:, :-1])
+        targets[:] = learned(tokens[:, 1:])
         if not self.form.segments:
             return inputs, targets
 

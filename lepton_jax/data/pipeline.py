@@ -195,9 +195,12 @@ class Dataset:
         every `length` tokens, so each token is an input once and a target once, and
         nothing is padded. A row's last target is the first input of the next.
 
-        With `fit`, documents stay whole, unless they are longer than a row, and the
-        rest of a row is padding: its targets are -1, which
+        A document may hold tokens that are read and not learned (see
+        `lepton_jax.data.instruction`): their targets are -1, which
         `lepton_jax.losses.padded_cross_entropy` leaves out.
+
+        With `fit`, documents stay whole, unless they are longer than a row, and the
+        rest of a row is padding, whose targets are -1, too.
 
         Args:
           length: tokens of a row.

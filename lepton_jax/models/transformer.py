@@ -11,6 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 EPSILON = 1e-5  # of the norms, as in Llama
+# Keys and values of one layer: "key" and "value" (batch, slots, kv_heads, head), and
+# "filled" int32 (batch,), the slots of a row that hold a token.
+Layer = dict[str, jax.Array]
+Cache = tuple[Layer, ...]  # an entry a layer
 
 
 class Attention(nnx.Module):
@@ -39,25 +43,45 @@ class Attention(nnx.Module):
         self.kv_heads = kv_heads
         self.theta = theta
         head = dim // heads
+        self.head = head
         linear = partial(nnx.Linear, use_bias=False, rngs=rngs)
         self.query = linear(dim, heads * head)
         self.key = linear(dim, kv_heads * head)
         self.value = linear(dim, kv_heads * head)
         self.out = linear(heads * head, dim)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map (batch, length, dim) to the same shape."""
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        cache: Layer | None = None,
+    ) -> Any:
+        """Map (batch, length, dim) to the same shape; the rest as in `Decoder`.
+
+        Returns:
+          The outputs; with a cache a pair of them and the cache.
+        """
         batch, length, _ = x.shape
+        if cache is not None and positions is None:
+            positions = cache["filled"][:, None] + jnp.arange(length)
+
         query_shape = (batch, length, self.heads, -1)
         key_shape = (batch, length, self.kv_heads, -1)
-        query = rotary(self.query(x).reshape(query_shape), self.theta)
-        key = rotary(self.key(x).reshape(key_shape), self.theta)
+        query = rotary(self.query(x).reshape(query_shape), self.theta, positions)
+        key = rotary(self.key(x).reshape(key_shape), self.theta, positions)
         value = self.value(x).reshape(key_shape)
+
+        if cache is not None:
+            mixed, cache = _attend_cached(query, key, value, cache)
+            return self.out(mixed.reshape(batch, length, -1)), cache
 
         mixed = jax.nn.dot_product_attention(
             query,
             key,
             value,
+            mask=None if segments is None else same_segment(segments),
             is_causal=True,
         )
         return self.out(mixed.reshape(batch, length, -1))
@@ -125,10 +149,27 @@ class Block(nnx.Module):
         )
         self.feed_forward = feed_forward(rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map (batch, length, dim) to the same shape."""
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.feed_forward(self.feed_forward_norm(x))
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        cache: Layer | None = None,
+    ) -> Any:
+        """Map (batch, length, dim) to the same shape; the rest as in `Attention`."""
+        mixed = self.attention(
+            self.attention_norm(x),
+            positions=positions,
+            segments=segments,
+            cache=cache,
+        )
+        if cache is None:
+            x = x + mixed
+            return x + self.feed_forward(self.feed_forward_norm(x))
+        mixed, cache = mixed
+        x = x + mixed
+        return x + self.feed_forward(self.feed_forward_norm(x)), cache
 
 
 class Decoder(nnx.Module):
@@ -184,6 +225,7 @@ class Decoder(nnx.Module):
             )
 
         self.loop = loop
+        self.layers = layers
         self.embed = nnx.Embed(vocab, dim, rngs=rngs)
         self.blocks: Any
         if loop == "unrolled":
@@ -198,24 +240,122 @@ class Decoder(nnx.Module):
         )
         self.head = None if tied else nnx.Linear(dim, vocab, use_bias=False, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Map tokens int32 (batch, length) to logits (batch, length, vocab)."""
+    def empty_cache(
+        self,
+        batch: int,
+        slots: int,
+        dtype: Any = jnp.float32,
+    ) -> Cache:
+        """Return a cache that holds no token yet.
+
+        Args:
+          batch: rows.
+          slots: tokens that a row can hold.
+          dtype: of the keys and values.
+        """
+        one = self.blocks[0] if self.loop == "unrolled" else self.blocks
+        attention = one.attention
+        shape = (batch, slots, attention.kv_heads, attention.head)
+
+        def layer() -> Layer:
+            return {
+                "key": jnp.zeros(shape, dtype),
+                "value": jnp.zeros(shape, dtype),
+                "filled": jnp.zeros(batch, jnp.int32),
+            }
+
+        return tuple(layer() for _ in range(self.layers))
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
+        """Map tokens int32 (batch, length) to logits (batch, length, vocab).
+
+        With a cache the tokens follow those that it holds: row by row they go to the
+        slots from `filled` on, and each token sees the slots up to its own. The caller
+        sees to it that there are enough. Where rows are of different lengths, fill them
+        up at the end, and set `filled` back to the true lengths afterwards.
+
+        Args:
+          tokens: int32 (batch, length).
+          positions: int32 (batch, length), for the rotary angles. None: each token's
+            place in its row.
+          segments: int32 (batch, length): tokens see those of their own segment alone,
+            as packed documents need it. None: each row is one document.
+          cache: from `empty_cache`, or from the call before.
+
+        Returns:
+          The logits; with a cache a pair of them and the cache, `filled` increased by
+          length.
+
+        Raises:
+          ValueError: segments are given next to a cache.
+        """
+        if cache is not None and segments is not None:
+            raise ValueError("a cache holds one document a row; give no segments")
         x = self.embed(tokens)
-        if self.loop == "unrolled":
-            for block in self.blocks:
-                x = block(x)
+        if cache is None:
+            x = self._blocks(x, positions, segments)
         else:
-            # not nnx.scan: it would carry the graph's state through the loop; here the
-            # body sees a layer's arrays only
-            graph, stacked = nnx.split(self.blocks)
-
-            def apply(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-                return nnx.merge(graph, layer)(x), None
-
-            x, _ = jax.lax.scan(apply, x, stacked)
+            x, cache = self._cached_blocks(x, positions, cache)
 
         x = self.norm(x)
-        return self.embed.attend(x) if self.head is None else self.head(x)
+        logits = self.embed.attend(x) if self.head is None else self.head(x)
+        return logits if cache is None else (logits, cache)
+
+    def _blocks(
+        self,
+        x: jax.Array,
+        positions: jax.Array | None,
+        segments: jax.Array | None,
+    ) -> jax.Array:
+        places = {"positions": positions, "segments": segments}
+        if self.loop == "unrolled":
+            for block in self.blocks:
+                x = block(x, **places)
+            return x
+
+        # not nnx.scan: it would carry the graph's state through the loop; here the
+        # body sees a layer's arrays only
+        graph, stacked = nnx.split(self.blocks)
+
+        def apply(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+            return nnx.merge(graph, layer)(x, **places), None
+
+        return jax.lax.scan(apply, x, stacked)[0]
+
+    def _cached_blocks(
+        self,
+        x: jax.Array,
+        positions: jax.Array | None,
+        cache: Cache,
+    ) -> tuple[jax.Array, Cache]:
+        if self.loop == "unrolled":
+            filled = []
+            for block, layer in zip(self.blocks, cache, strict=True):
+                x, layer = block(x, positions=positions, cache=layer)
+                filled.append(layer)
+            return x, tuple(filled)
+
+        graph, stacked = nnx.split(self.blocks)
+
+        def apply(x: jax.Array, item: Any) -> tuple[jax.Array, Layer]:
+            params, layer = item
+            block = nnx.merge(graph, params)
+            return block(x, positions=positions, cache=layer)
+
+        layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *cache)
+        x, layers = jax.lax.scan(apply, x, (stacked, layers))
+
+        def taken(index: int) -> Layer:
+            return jax.tree.map(lambda leaf: leaf[index], layers)
+
+        return x, tuple(taken(index) for index in range(len(cache)))
 
 
 class TransformerLM(Decoder):
@@ -374,7 +514,62 @@ def transformer_size(name: str) -> dict[str, Any]:
     return _SIZES[name]._asdict()
 
 
-def rotary(x: jax.Array, theta: float) -> jax.Array:
+def same_segment(segments: jax.Array) -> jax.Array:
+    """Return which tokens are of one segment, bool (batch, 1, length, length)."""
+    return segments[:, None, :, None] == segments[:, None, None, :]
+
+
+def visible_slots(cache: Layer, length: int) -> jax.Array:
+    """Return which slots the next tokens see, bool (batch, 1, length, slots)."""
+    own = cache["filled"][:, None] + jnp.arange(length)
+    slots = jnp.arange(cache["key"].shape[1])
+    return slots <= own[:, None, :, None]
+
+
+def _attend_cached(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cache: Layer,
+) -> tuple[jax.Array, Layer]:
+    """Return what tokens gather from the cache and each other, and the new cache."""
+    mask = visible_slots(cache, query.shape[1])
+    cache = appended(cache, key, value)
+    mixed = jax.nn.dot_product_attention(
+        query,
+        cache["key"].astype(query.dtype),
+        cache["value"].astype(query.dtype),
+        mask=mask,
+    )
+    return mixed, cache
+
+
+def appended(
+    cache: Layer,
+    key: jax.Array,
+    value: jax.Array,
+) -> Layer:
+    """Return a layer's cache with more keys and values (batch, length, heads, head)."""
+
+    def row(slots: jax.Array, more: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(
+            slots, more.astype(slots.dtype), start, axis=0
+        )
+
+    filled = cache["filled"]
+    put = jax.vmap(row)
+    return {
+        "key": put(cache["key"], key, filled),
+        "value": put(cache["value"], value, filled),
+        "filled": filled + key.shape[1],
+    }
+
+
+def rotary(
+    x: jax.Array,
+    theta: float,
+    positions: jax.Array | None = None,
+) -> jax.Array:
     """Turn the pairs (x[i], x[i + d/2]) by the angles position * theta^(-2i/d).
 
     These are rotary positions (Su et al. 2021, "RoFormer", section 3.2.2).
@@ -382,13 +577,16 @@ def rotary(x: jax.Array, theta: float) -> jax.Array:
     Args:
       x: (batch, length, heads, d), d even.
       theta: base of the frequencies.
+      positions: (batch, length). None: 0, 1, 2 and so on in each row.
     """
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     # The angles are float32 whatever x is: in bfloat16, positions above 256 would fall
     # together.
-    positions = jnp.arange(x.shape[1], dtype=jnp.float32)
-    angles = positions[:, None, None] * frequencies
+    if positions is None:
+        positions = jnp.arange(x.shape[1], dtype=jnp.float32)
+    places = positions.astype(jnp.float32)[..., None, None]
+    angles = places * frequencies
     cos = jnp.cos(angles).astype(x.dtype)
     sin = jnp.sin(angles).astype(x.dtype)
     left, right = jnp.split(x, 2, axis=-1)

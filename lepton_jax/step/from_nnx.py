@@ -68,6 +68,19 @@ def without_sown(module: nnx.Module) -> nnx.Module:
     return module
 
 
+def follow_precision(module: nnx.Module) -> None:
+    """Set the dtype of each nnx.Embed to that of its table.
+
+    An Embed fixes its dtype when it is built: it would turn a bfloat16 table, and all
+    after it, to float32.
+    """
+    for _, node in nnx.iter_graph(module):
+        if isinstance(node, nnx.Embed):
+            table = node.embedding.dtype
+            if jnp.dtype(node.dtype).itemsize > table.itemsize:
+                node.dtype = table
+
+
 class NnxModule(PureModule):
     """An NNX module that is made pure.
 
@@ -111,7 +124,7 @@ class NnxModule(PureModule):
     ) -> Any:
         """See `Functional.apply`."""
         module = self._merged(params, variables)
-        _follow_precision(module)
+        follow_precision(module)
         scaled = [] if dropout is None else scale_dropout(module, dropout)
         if not train:
             key = jax.random.key(EVALUATION_SEED)
@@ -144,7 +157,7 @@ class NnxModule(PureModule):
     ) -> Any:
         """See `Functional.samples`."""
         module: Any = self.whole(params, variables)
-        _follow_precision(module)
+        follow_precision(module)
         return module.samples(key, count)
 
     def variables_after(
@@ -324,16 +337,3 @@ def _labels(kind: type) -> tuple[str, ...]:
     except ValueError:
         return (kind.__name__,)
     return tuple({kind.__name__, registered})
-
-
-def _follow_precision(module: nnx.Module) -> None:
-    """Set the dtype of each nnx.Embed to that of its table.
-
-    An Embed fixes its dtype when it is built: it would turn a bfloat16 table, and all
-    after it, to float32.
-    """
-    for _, node in nnx.iter_graph(module):
-        if isinstance(node, nnx.Embed):
-            table = node.embedding.dtype
-            if jnp.dtype(node.dtype).itemsize > table.itemsize:
-                node.dtype = table

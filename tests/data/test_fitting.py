@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lepton_jax import losses
-from lepton_jax.data import Source, mix, open_feed, uniform
+from lepton_jax.data import Source, instruction, masked, mix, open_feed, uniform
 from lepton_jax.data.fitting import TOGETHER, plan_rows
 from lepton_jax.data.pipeline import open_stream
 from lepton_jax.errors import DataError
@@ -189,3 +189,22 @@ def test_what_is_augmented_is_not_filtered_or_packed(where):
     call = {"filter": lambda: dataset.filter(len), "pack": lambda: dataset.pack(4)}
     with pytest.raises(DataError, match="augment last"):
         call[where]()
+
+
+@pytest.mark.parametrize("fit", ["cut", "first", "best"])
+def test_masked_tokens_are_inputs_and_never_targets(fit):
+    documents = [instruction([1, 0], [3, 4, 5]), np.array([6, 7, 8]), masked([9, 2])]
+    rows = Source(documents).pack(8, end=10, fit=fit)
+    stream = open_stream(rows, seed=0, shuffle=False)
+    plain = open_stream(
+        Source([[1, 0, 3, 4, 5], [6, 7, 8], [9, 2]]).pack(8, end=10, fit=fit),
+        seed=0,
+        shuffle=False,
+    )
+    (inputs, targets), _ = stream.take(4)
+    (plain_inputs, plain_targets), _ = plain.take(4)
+    np.testing.assert_array_equal(inputs, plain_inputs)
+    # these tokens stand in the prompts alone
+    read_only = np.isin(plain_targets, [1, 0, 9, 2])
+    assert read_only.any()
+    np.testing.assert_array_equal(targets, np.where(read_only, -1, plain_targets))

@@ -257,3 +257,40 @@ def test_an_unknown_size_or_loop_is_refused():
             loop="rolled",
             rngs=nnx.Rngs(0),
         )
+
+
+@pytest.mark.parametrize("loop", ["unrolled", "scan"])
+def test_a_cache_gives_the_logits_of_the_whole_row_at_once(loop):
+    model = models.TransformerLM(**LM, loop=loop, rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(0), (2, 8), 0, 13)
+    whole = model(tokens)
+
+    cache = model.empty_cache(2, 9)
+    first, cache = model(tokens[:, :5], cache=cache)
+    # the second row is as if its prompt had had three tokens only
+    filled = jnp.array([5, 3])
+    cache = tuple(layer | {"filled": filled} for layer in cache)
+    rows = jnp.arange(2)
+    pieces = []
+    for step in range(3):
+        token = tokens[rows, filled + step][:, None]
+        logits, cache = model(token, cache=cache)
+        pieces.append(logits[:, 0])
+
+    later = jnp.stack(pieces, axis=1)
+    np.testing.assert_allclose(first, whole[:, :5], atol=1e-5)
+    np.testing.assert_allclose(later[0], whole[0, 5:8], atol=1e-5)
+    np.testing.assert_allclose(later[1], whole[1, 3:6], atol=1e-5)
+    assert list(cache[1]["filled"]) == [8, 6]
+
+
+def test_a_segment_is_as_a_row_of_its_own():
+    model = models.TransformerLM(**LM, rngs=nnx.Rngs(0))
+    left, right = jax.random.randint(jax.random.key(0), (2, 1, 4), 0, 13)
+    packed = model(
+        jnp.concatenate([left, right], axis=1),
+        segments=jnp.array([[0, 0, 0, 0, 1, 1, 1, 1]]),
+        positions=jnp.array([[0, 1, 2, 3, 0, 1, 2, 3]]),
+    )
+    np.testing.assert_allclose(packed[:, :4], model(left), atol=1e-5)
+    np.testing.assert_allclose(packed[:, 4:], model(right), atol=1e-5)

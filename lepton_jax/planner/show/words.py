@@ -71,8 +71,8 @@ def plural(
     word: str,
     ending: str = "s",
 ) -> str:
-    """Return a count with its word: 1 step, 2 steps."""
-    return f"{count} {word}{ending if count > 1 else ''}"
+    """Return a count with its word: 1 step, 2 steps, 1,000 steps."""
+    return f"{count:,} {word}{'' if count == 1 else ending}"
 
 
 def joined_mesh(mesh: dict[str, int], between: str = " x ") -> str:

@@ -36,36 +36,22 @@ def run(
       rules: by the name of an operation, a function (operands, parameters) to results
         that is run in its place; None: the operation itself is run.
     """
-    return _Inlined(look, rules or {}).run(
-        program.jaxpr,
-        program.consts,
-        args,
-        (),
-    )
+    inlined = _Inlined(look, rules or {})
+    return inlined.run(program.jaxpr, program.consts, args, ())
 
 
 def equations(program: ClosedJaxpr) -> list[tuple[Any, tuple]]:
     """Return the equations that `run` runs, each with the calls around it."""
     found: list[tuple[Any, tuple]] = []
     shapes = [
-        jax.ShapeDtypeStruct(
-            leaf.aval.shape,
-            leaf.aval.dtype,
-        )
+        jax.ShapeDtypeStruct(leaf.aval.shape, leaf.aval.dtype)
         for leaf in program.jaxpr.invars
     ]
 
-    def note(
-        eqn: Any,
-        callers: tuple,
-        results: list[Any],
-    ) -> None:
+    def note(eqn: Any, callers: tuple, results: list[Any]) -> None:
         found.append((eqn, callers))
 
-    jax.eval_shape(
-        lambda *args: run(program, args, note),
-        *shapes,
-    )
+    jax.eval_shape(lambda *args: run(program, args, note), *shapes)
     return found
 
 
@@ -96,42 +82,13 @@ class _Inlined:
         callers: tuple,
     ) -> list[Any]:
         env: dict[Any, Any] = {}
-        env.update(
-            zip(
-                jaxpr.constvars,
-                consts,
-                strict=True,
-            )
-        )
-        env.update(
-            zip(
-                jaxpr.invars,
-                args,
-                strict=True,
-            )
-        )
-
-        def value(atom: Any) -> Any:
-            return (
-                atom.val
-                if isinstance(
-                    atom,
-                    Literal,
-                )
-                else env[atom]
-            )
-
+        _bind(env, jaxpr.constvars, consts)
+        _bind(env, jaxpr.invars, args)
         for eqn in jaxpr.eqns:
-            inputs = [value(atom) for atom in eqn.invars]
+            inputs = [_value(env, atom) for atom in eqn.invars]
             results = self._equation(eqn, inputs, callers)
-            env.update(
-                zip(
-                    eqn.outvars,
-                    results,
-                    strict=True,
-                )
-            )
-        return [value(atom) for atom in jaxpr.outvars]
+            _bind(env, eqn.outvars, results)
+        return [_value(env, atom) for atom in jaxpr.outvars]
 
     def _equation(
         self,
@@ -139,37 +96,37 @@ class _Inlined:
         inputs: list[Any],
         callers: tuple,
     ) -> list[Any]:
-        inner = eqn.params.get(
-            CALLS.get(
-                eqn.primitive.name,
-                "",
-            )
-        )
-        if inner is not None:
-            is_closed = isinstance(inner, ClosedJaxpr)
-            jaxpr = inner.jaxpr if is_closed else inner
-            consts = inner.consts if is_closed else ()
-            if len(jaxpr.invars) == len(inputs):
-                return self.run(
-                    jaxpr,
-                    consts,
-                    inputs,
-                    (*callers, eqn),
-                )
-        rule = self._rules.get(eqn.primitive.name)
-        replaced = (
-            None
-            if rule is None
-            else rule(
-                inputs,
-                eqn.params,
-            )
-        )
-        if replaced is not None:
-            return replaced
+        name = eqn.primitive.name
+        called = _called(eqn)
+        if called is not None and len(called[0].invars) == len(inputs):
+            return self.run(*called, inputs, (*callers, eqn))
+        if name in self._rules:
+            replaced = self._rules[name](inputs, eqn.params)
+            if replaced is not None:
+                return replaced
         params = eqn.primitive.get_bind_params(eqn.params)
         out = eqn.primitive.bind(*inputs, **params)
         results = list(out) if eqn.primitive.multiple_results else [out]
         if self._look is not None:
             self._look(eqn, callers, results)
         return results
+
+
+def _bind(
+    env: dict[Any, Any],
+    variables: Sequence[Any],
+    values: Sequence[Any],
+) -> None:
+    env.update(zip(variables, values, strict=True))
+
+
+def _value(env: Mapping[Any, Any], atom: Any) -> Any:
+    return atom.val if isinstance(atom, Literal) else env[atom]
+
+
+def _called(eqn: Any) -> tuple[Jaxpr, Sequence[Any]] | None:
+    """Return the program that an equation calls, with its constants."""
+    inner = eqn.params.get(CALLS.get(eqn.primitive.name, ""))
+    if isinstance(inner, ClosedJaxpr):
+        return inner.jaxpr, inner.consts
+    return None if inner is None else (inner, ())
