@@ -85,10 +85,15 @@ class Trace:
         default_factory=dict, repr=False, compare=False
     )
 
-    def on(self, topology: Topology) -> Trace:
+    def on(self, topology: Topology, micro_batches: int | None = None) -> Trace:
         """Return the trace of the program that runs on some devices.
 
         Its gradient is the one that the compiled step has: see `planner.rewrite`.
+
+        Args:
+          topology: the devices.
+          micro_batches: in which a batch is taken, if the recipe doesn't say; None:
+            not known yet.
         """
         rewritten = rewrite.applies(topology.platform, topology.devices)
         forms = PLAIN
@@ -98,7 +103,7 @@ class Trace:
                 self._traced_loss,
                 topology.platform,
                 topology.devices,
-                self.recipe.micro_batches,
+                self.recipe.micro_batches or micro_batches,
             )
         if (rewritten, forms) == (self.rewritten, self.forms):
             return self
