@@ -245,9 +245,9 @@ class HubFolder:
             dtype that float32 does not hold.
         """
         expected = self._expected()
-        known = [*expected]
+        known = dict.fromkeys(expected)
         if self.shape.tied:
-            known.append(names.LM_HEAD)
+            known[names.LM_HEAD] = None
         surplus = [
             name
             for name in self.tensors

@@ -17,7 +17,7 @@ from tools.hub.mutants import mutants
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 BAR = 1e-4  # of a logit, in float32
-CASES = 2  # of a family; `python -m tools.hub cross` has all
+CASES = 1  # of a family; `python -m tools.hub cross` has all
 # Faults that a reader of checkpoints may have; `python -m tools.hub faults` has more.
 FAULTS = {
     "pairs of neighbours in queries alone",

@@ -1,6 +1,7 @@
 """The general decoder: caches, windows, packed documents, layers in a loop."""
 
 import dataclasses
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMALL = DecoderShape(24, dim=16, layers=2, heads=4, kv_heads=2, head=6, hidden=20)
 SHAPES = {
     "rotary": dataclasses.replace(SMALL, windows=(None, 3)),
-    "capped": dataclasses.replace(SMALL, windows=(4, 4), attention_cap=2.0),
+    "capped": dataclasses.replace(SMALL, layers=1, windows=(4,), attention_cap=2.0),
     "learned": dataclasses.replace(
-        SMALL, rotary=None, positions=16, norm="layer", gated=False, tied=True
+        SMALL, layers=1, rotary=None, positions=16, norm="layer", gated=False, tied=True
     ),
 }
 TOLERANCE = 2e-5
@@ -28,36 +29,41 @@ def run(model, tokens, **more):
     return model(tokens, **more)
 
 
+@cache
+def made(name):
+    return DecoderLM(SHAPES[name], rngs=nnx.Rngs(0))
+
+
 def tokens(length=11, rows=2):
     return jax.random.randint(jax.random.key(3), (rows, length), 0, SMALL.vocab)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_with_a_cache_the_logits_are_those_without(name):
-    model = DecoderLM(SHAPES[name], rngs=nnx.Rngs(0))
+    model = made(name)
     whole = run(model, tokens())
-    logits, cache = run(model, tokens()[:, :6], cache=model.empty_cache(2, 14))
+    logits, held = run(model, tokens()[:, :6], cache=model.empty_cache(2, 14))
     parts = [logits]
     for place in range(6, 11):
-        logits, cache = run(model, tokens()[:, place : place + 1], cache=cache)
+        logits, held = run(model, tokens()[:, place : place + 1], cache=held)
         parts.append(logits)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=TOLERANCE)
-    assert [entry["filled"].tolist() for entry in cache] == [[11, 11]] * 2
+    assert [entry["filled"].tolist() for entry in held] == [[11, 11]] * len(held)
 
 
 def test_rows_of_different_lengths_share_a_cache():
-    model = DecoderLM(SHAPES["rotary"], rngs=nnx.Rngs(0))
-    _, cache = run(model, tokens(6), cache=model.empty_cache(2, 9))
+    model = made("rotary")
+    _, held = run(model, tokens(6), cache=model.empty_cache(2, 14))
     lengths = jnp.asarray([6, 3])
-    cache = tuple({**entry, "filled": lengths} for entry in cache)
-    logits, _ = run(model, tokens(7)[:, 6:], cache=cache)
+    held = tuple({**entry, "filled": lengths} for entry in held)
+    logits, _ = run(model, tokens(7)[:, 6:], cache=held)
     short = jnp.concatenate([tokens(6)[1:, :3], tokens(7)[1:, 6:]], axis=1)
     np.testing.assert_allclose(logits[1, 0], run(model, short)[0, -1], atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["rotary", "capped"])
 def test_packed_documents_do_not_see_each_other(name):
-    model = DecoderLM(SHAPES[name], rngs=nnx.Rngs(0))
+    model = made(name)
     left = tokens(4)
     right = tokens(7)
     packed = jnp.concatenate([left, right], axis=1)
@@ -71,7 +77,7 @@ def test_packed_documents_do_not_see_each_other(name):
 
 
 def test_a_scan_over_pairs_of_layers_computes_what_the_layers_do():
-    shape = dataclasses.replace(SMALL, layers=4, windows=(None, 3, None, 3))
+    shape = dataclasses.replace(SMALL, layers=4, windows=(None, 3) * 2)
     assert shape.period == 2
     plain = DecoderLM(shape, rngs=nnx.Rngs(0))
     scanned = DecoderLM(dataclasses.replace(shape, loop="scan"), rngs=nnx.Rngs(1))
@@ -122,7 +128,7 @@ def test_a_shape_that_does_not_fit_together_is_refused(changes):
 
 def test_frequencies_of_unknown_length_are_those_of_the_known_length():
     rotary = Rotary(kind="dynamic", factor=3.0, original=4)
-    shape = dataclasses.replace(SMALL, rotary=rotary)
+    shape = dataclasses.replace(SMALL, layers=1, rotary=rotary)
     model = DecoderLM(shape, rngs=nnx.Rngs(0))
     positions = jnp.arange(11)[None].repeat(2, axis=0)
     said = run(model, tokens(), positions=positions)
