@@ -1,4 +1,4 @@
-"""`python -m tools.hub cross | faults | parity | stories`: folders, compared."""
+"""`python -m tools.hub COMMAND`: models of folders, compared."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 
 import lepton_jax as lepton
 from lepton_jax.errors import LeptonError
-from tools.hub import checkpoints, parity, reference, stories
+from tools.hub import checkpoints, hosts, parity, reference, stories
 from tools.hub.mutants import mutants
 
 BAR = 1e-4  # of a logit, in float32
@@ -118,11 +118,17 @@ def known_model(families: Sequence[str], options: argparse.Namespace) -> dict[st
     return {"families": {"stories260K": stories.look(folder, text)}}
 
 
+def two_hosts(families: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Let two processes read their parts of a folder onto one mesh, and write it."""
+    return {"families": {"llama": hosts.look()}}
+
+
 COMMANDS = {
     "cross": cross,
     "faults": faults,
     "parity": against_transformers,
     "stories": known_model,
+    "hosts": two_hosts,
 }
 
 
