@@ -18,8 +18,9 @@ from lepton_jax import adapt
 from lepton_jax.data import extras
 from lepton_jax.errors import CheckpointError, ModelError
 from lepton_jax.hub import names, reading
-from lepton_jax.hub.families import Family, family_of
+from lepton_jax.hub.families import Family, difference, family_of
 from lepton_jax.hub.origin import CONFIG, Origin, read_json
+from lepton_jax.hub.shapes import parameter_shapes, shape_of
 from lepton_jax.hub.shards import DTYPES, Shards, listed
 from lepton_jax.models import DecoderLM, DecoderShape
 from lepton_jax.trees import by_path, matches
@@ -111,7 +112,12 @@ class HubFolder:
         """
         # Where no data say otherwise: a row of as many tokens as there may be.
         tokens = jax.ShapeDtypeStruct((1, self._context()), jnp.int32)
-        return trainer.begin_with(self.weights, (tokens, tokens))
+
+        def read(wanted: dict[str, Any]) -> dict[str, jax.Array]:
+            self._check_model(trainer)
+            return self.weights(wanted)
+
+        return trainer.begin_with(read, (tokens, tokens))
 
     def weights(self, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Return parameters by path, on their devices.
@@ -310,6 +316,23 @@ class HubFolder:
             )
         return found
 
+    def _check_model(self, trainer: Trainer) -> None:
+        """Check that a trainer's model computes what the folder's does.
+
+        Raises:
+          ModelError: it does not, whatever the sizes of its parameters.
+        """
+        assert trainer.program is not None
+        traced = trainer.program.trace
+        state = traced.state
+        module = traced.functional.whole(state.params, state.variables)
+        if differs := difference(shape_of(module), self.shape):
+            raise ModelError(
+                f"the trainer's model is another than the folder's: {differs}",
+                where=self.path,
+                remedy="make it with the folder's: Recipe(model=folder.model, ...)",
+            )
+
     def _context(self) -> int:
         key = "n_positions" if self.shape.positions else "max_position_embeddings"
         longest = self.config.get(key)
@@ -372,25 +395,6 @@ def open_folder(
             str(error), where="hub.open, loop", remedy='leave loop="unrolled"'
         ) from error
     return HubFolder(path, config, family, shape, tied)
-
-
-def parameter_shapes(shape: DecoderShape) -> dict[str, Any]:
-    """Return the parameters' shapes by path, those of each layer on its own."""
-    # All layers have the same parameters, so one is made.
-    windows = shape.windows[:1]
-    one = dataclasses.replace(shape, layers=1, windows=windows, loop="unrolled")
-    module = nnx.eval_shape(lambda: DecoderLM(one, rngs=nnx.Rngs(0)))
-    leaves = by_path(nnx.to_pure_dict(nnx.state(module)))
-    first = "blocks/0/"
-    params = {}
-    for path, leaf in leaves.items():
-        if not path.startswith(first):
-            params[path] = leaf
-            continue
-        rest = path.removeprefix(first)
-        for layer in range(shape.layers):
-            params[f"blocks/{layer}/{rest}"] = leaf
-    return params
 
 
 # ---- internals ----

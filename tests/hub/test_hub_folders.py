@@ -169,7 +169,7 @@ def test_a_head_is_tied_as_flag_and_tensors_say(tmp_path):
 
 def test_a_flag_without_its_tensor_names_both(tmp_path):
     folder = made(tmp_path / "in", tied="tied")
-    say(folder, tie_word_embeddings=False)
+    say(folder, tie_word_embeddings=None)  # false, in this family
     with pytest.raises(lepton.CheckpointError) as raised:
         lepton.hub.open(folder)
     for word in ("tie_word_embeddings is false", "lm_head.weight", "tied=True"):
@@ -305,6 +305,16 @@ def test_another_model_is_refused(tmp_path):
     wanted = by_path(nnx.to_pure_dict(nnx.state(module)))
     with pytest.raises(lepton.ModelError, match="another than the folder's"):
         folder.weights(wanted)
+    rotary = dataclasses.replace(folder.shape.rotary, theta=7.0)
+    trainer = lepton.Trainer(
+        model=partial(DecoderLM, dataclasses.replace(folder.shape, rotary=rotary)),
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.identity(),
+        batch_size=1,
+        devices=1,
+    )
+    with pytest.raises(lepton.ModelError, match=r"rotary is Rotary\(theta=7.0"):
+        folder.load_into(trainer)
     smaller = DecoderLM(shape, rngs=nnx.Rngs(0))
     with pytest.raises(lepton.ModelError, match="hidden is 16, and 40 there"):
         lepton.hub.save(smaller, tmp_path / "out", like=folder)
