@@ -140,7 +140,11 @@ class HubFolder:
             return reading.read(shards, wanted, found)
 
     def module(self, dtype: Any = jnp.float32) -> DecoderLM:
-        """Return the model with its weights on one device, to call without Lepton."""
+        """Return the model with its weights on one device, to call without Lepton.
+
+        Args:
+          dtype: of the weights, and of what is computed.
+        """
         module = nnx.eval_shape(lambda: self.model(rngs=nnx.Rngs(0)))
         graph, params = nnx.split(module)
         sharding = SingleDeviceSharding(jax.local_devices()[0])
@@ -153,7 +157,11 @@ class HubFolder:
         leaves = [arrays[path] for path in by_path(pure)]
         filled = jax.tree.unflatten(jax.tree.structure(pure), leaves)
         nnx.replace_by_pure_dict(params, filled)
-        return nnx.merge(graph, params)
+        module = nnx.merge(graph, params)
+        for _, node in nnx.iter_graph(module):
+            if isinstance(node, nnx.Embed):
+                node.dtype = dtype  # which it has from when it was made
+        return module
 
     def tokenizer(self) -> Any:
         """Return the folder's tokenizer, of its own library.

@@ -152,6 +152,11 @@ def test_a_dtype_that_is_asked_for_is_rounded_to(tmp_path):
         lepton.hub.save(opened.module(), tmp_path / "more", dtype="int4")
 
 
+def test_a_module_computes_in_the_dtype_that_it_is_read_in(tmp_path):
+    module = lepton.hub.open(made(tmp_path)).module(jnp.bfloat16)
+    assert module(jnp.zeros((1, 3), jnp.int32)).dtype == jnp.bfloat16
+
+
 def test_nothing_is_written_over(tmp_path):
     opened = lepton.hub.open(made(tmp_path / "in"))
     with pytest.raises(lepton.CheckpointError, match="not empty"):

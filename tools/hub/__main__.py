@@ -33,8 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=function.__doc__)
         command.add_argument("--family", action="append", choices=checkpoints.AXES)
         command.add_argument("--json", type=Path, help="file for the result")
-        if name == "parity":
+        if name in ("parity", "rounding"):
             command.add_argument("--python", required=True)
+        if name == "parity":
             command.add_argument("--folder", action="append", default=[], type=Path)
         if name == "stories":
             command.add_argument("--data", required=True, type=Path)
@@ -111,6 +112,11 @@ def against_transformers(
     return parity.compare(options.python, families, options.folder)
 
 
+def rounding(families: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Compare what bfloat16 does to the distributions here and in transformers."""
+    return parity.rounding(options.python, families)
+
+
 def known_model(families: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
     """Read, compare, write and train a real model of the public data."""
     folder = options.data / "weights_stories260k"
@@ -127,6 +133,7 @@ COMMANDS = {
     "cross": cross,
     "faults": faults,
     "parity": against_transformers,
+    "rounding": rounding,
     "stories": known_model,
     "hosts": two_hosts,
 }
