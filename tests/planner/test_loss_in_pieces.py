@@ -306,6 +306,26 @@ def on_one_device(trace):
     return build.fixed(trace, lepton.topology("cpu:1"), assignment)
 
 
+def evaluated(trace, plan):
+    """Return the sums of a batch of which the last rows are padding."""
+    devices = jax.devices()[: math.prod(plan.mesh.values())]
+    program = Program(trace, plan, devices)
+    batch = jax.tree.map(lambda x: x[0], batches())
+    batch = jax.device_put(batch, program.batch_sharding)
+    return program.evaluate(None, program.init(0), batch, BATCH - 3)
+
+
+def test_an_evaluation_in_pieces_measures_the_same(few_logits):
+    trace = language()
+    plan = lepton.plan(trace, lepton.topology("cpu:8"), mesh={"data": 2, "tensor": 4})
+
+    known = evaluated(trace, on_one_device(trace))
+    found = evaluated(trace, plan)
+
+    assert plan.loss_pieces > 1
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=RTOL), known, found)
+
+
 @pytest.mark.parametrize(
     ("mesh", "asked"),
     [
