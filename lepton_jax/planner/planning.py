@@ -132,6 +132,8 @@ def _refined(
     to be computed again. The best search counts.
     """
     best = (problem, ranked)
+    if request.micro_batches or problem.trace.recipe.micro_batches:
+        return best
     parts = ranked[0].assignment.micro_batches
     tried = {problem.trace.forms}
     for count in (parts, 2 * parts):

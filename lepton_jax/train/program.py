@@ -579,12 +579,41 @@ class Program:
         if self.trace.tables:
             forward = cast_late(forward, self.trace.tables)
         forward = laid_out(
-            forward,
+            rewrite.fused(forward, self.plan.attention),
             self.plan.layout,
             self.mesh,
             ("params", "variables", "inputs"),
         )
         return forward(params, variables, inputs)
+
+    def _measured(
+        self,
+        params: Any,
+        variables: Any,
+        inputs: Any,
+        targets: Any,
+        rows: Any,
+    ) -> dict[str, tuple[Any, Any]]:
+        """Return the weighted sums of a batch whose logits are never there at once."""
+
+        def measure(
+            params: Any,
+            variables: Any,
+            inputs: Any,
+            targets: Any,
+            rows: Any,
+        ) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+            outputs = evaluated(self.trace, params, variables, inputs)
+            totals = losses.measure(self.recipe, outputs, targets, rows)
+            return totals["loss"][0], totals
+
+        measure_in_pieces = laid_out(
+            self.plan.forms.of(measure),
+            self.plan.layout,
+            self.mesh,
+            ("params", "variables", "inputs", "targets", "rows"),
+        )
+        return measure_in_pieces(params, variables, inputs, targets, rows)[1]
 
     def _evaluate_batch(
         self,
@@ -597,17 +626,21 @@ class Program:
         self._log.trace("evaluate", batch)
         inputs, targets = batch
         whole = self.evaluation.whole
+        count = jax.tree.leaves(targets)[0].shape[0]
+        rows = jnp.arange(count) < valid
+        outputs = None
         with pointing_at_user("evaluating"):
-            outputs = self._forward(params, variables, inputs)
-            count = jax.tree.leaves(targets)[0].shape[0]
-            rows = jnp.arange(count) < valid
-            totals = losses.measure(
-                self.recipe,
-                outputs,
-                targets,
-                rows,
-                without=whole,
-            )
+            if self.plan.loss_pieces > 1 and not whole and not self.trace.tables:
+                totals = self._measured(params, variables, inputs, targets, rows)
+            else:
+                outputs = self._forward(params, variables, inputs)
+                totals = losses.measure(
+                    self.recipe,
+                    outputs,
+                    targets,
+                    rows,
+                    without=whole,
+                )
 
         def add(total: Any, more: Any) -> Any:
             return total + jnp.asarray(more, jnp.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import math
 from functools import partial
 
@@ -72,7 +73,7 @@ def compare(kernel, given, causal=True, rtol=RTOL):
     assert_close(known, found, rtol)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     length=st.integers(1, 40),
     group=st.integers(1, 3),
@@ -177,7 +178,7 @@ def short_attention(monkeypatch):
 
 
 def language(**more):
-    arguments = {"vocab": 32, "dim": 32, "layers": 2, "heads": 8, "kv_heads": 4}
+    arguments = {"vocab": 32, "dim": 32, "layers": 1, "heads": 8, "kv_heads": 4}
     recipe = lepton.Recipe(
         model=partial(models.TransformerLM, **arguments),
         loss=losses.cross_entropy,
@@ -209,9 +210,12 @@ def trained(trace, plan):
     return values
 
 
-def on_one_device(trace):
+@functools.cache
+def plain_losses():
+    """Return the losses on one device, with the model's own attention."""
+    trace = language()
     assignment = build.by_hand(trace, (1,), {}, 0)
-    return build.fixed(trace, lepton.topology("cpu:1"), assignment)
+    return trained(trace, build.fixed(trace, lepton.topology("cpu:1"), assignment))
 
 
 def by_axis(trace, sizes, masks):
@@ -219,9 +223,6 @@ def by_axis(trace, sizes, masks):
     trace = trace.on(lepton.topology("cpu:8"))
     assignment = build.by_hand(trace, sizes, masks, 0)
     return build.fixed(trace, lepton.topology("cpu:8"), assignment)
-
-
-HEADS = "blocks/0/attention/query/kernel.1"
 
 
 @pytest.mark.parametrize(
@@ -239,7 +240,6 @@ def test_blocks_on_eight_devices_train_as_plain_attention(
     short_attention, sizes, split
 ):
     trace = language()
-    known = trained(trace, on_one_device(trace))
     names = named.Names(trace.gradient("none"), trace.arguments)
     known_names = [group.name for group in names.groups]
     masks = {}
@@ -248,7 +248,7 @@ def test_blocks_on_eight_devices_train_as_plain_attention(
     plan = by_axis(trace, sizes, masks)
 
     assert plan.attention == "blocks"
-    np.testing.assert_allclose(trained(trace, plan), known, rtol=RTOL)
+    np.testing.assert_allclose(trained(trace, plan), plain_losses(), rtol=RTOL)
 
 
 def axis_of(what, names):
@@ -263,7 +263,7 @@ def test_rematerialization_keeps_the_result_of_attention(short_attention):
         names = [op.name for op in trace.gradient(remat).operations()]
         return names.count("fused_attention")
 
-    assert (count("none"), count("dots")) == (2, 2)
+    assert (count("none"), count("dots")) == (1, 1)
 
 
 def test_long_attention_on_tpus_is_planned_with_its_kernel():

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal
+from lepton_jax.planner.rewrite import splash
 from lepton_jax.planner.rewrite.attention import How, attend
 from lepton_jax.planner.rewrite.program import (
     Env,
@@ -114,12 +115,20 @@ def _replaced(program: ClosedJaxpr, kernel: str) -> ClosedJaxpr:
             body = _replaced(eqn.params["jaxpr"], kernel)
             return bind(eqn, operands_of(eqn, env), jaxpr=body)
         found = known.get(eqn.outvars[0]) if eqn.outvars else None
-        if found is None:
+        if found is None or not _takes(kernel, found):
             return None
         arrays = [read(env, v) for v in (found.query, found.key, found.value)]
         return [attend(*arrays, How(found.causal, found.scale, kernel))]
 
     return retraced(program, rule)
+
+
+def _takes(kernel: str, found: Found) -> bool:
+    """Whether a kernel computes attention of these lengths."""
+    if not kernel.startswith("splash"):
+        return True
+    lengths = found.query.aval.shape[1], found.key.aval.shape[1]
+    return splash.takes(*lengths, found.causal)
 
 
 def _attention(result: Any, uses: Uses) -> Found | None:
