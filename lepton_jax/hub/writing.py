@@ -86,8 +86,13 @@ def save(
 
     fresh = folder.with_name(folder.name + ".new")
     agreement.first(lambda: _begin(folder, fresh))
-    plan.write(fresh, shard_bytes)
-    agreement.first(lambda: _finish(folder, fresh, config, origin))
+    try:
+        plan.write(fresh, shard_bytes)
+        agreement.first(lambda: _finish(folder, fresh, config, origin))
+    except BaseException:
+        if agreement.host() == 0:
+            shutil.rmtree(fresh, ignore_errors=True)
+        raise
     return folder
 
 
