@@ -246,8 +246,7 @@ class _Job:
     def _draws(self, count: int) -> Draws:
         seeds = np.zeros(count, np.uint32)
         seeds[: len(self.seeds)] = self.seeds
-        keys = jax.vmap(jax.random.key)(seeds)
-        return Draws(keys, self.sampling.knobs(), np.asarray(self.ends, np.int32))
+        return Draws(seeds, self.sampling.knobs(), np.asarray(self.ends, np.int32))
 
 
 @lru_cache(maxsize=ENGINES)

@@ -94,7 +94,8 @@ _SOURCES: weakref.WeakKeyDictionary[Any, Source] = weakref.WeakKeyDictionary()
 
 
 def _of_trainer(trainer: Trainer) -> tuple[Source, tuple[Any, Any]]:
-    module = trainer.module()  # plans, and makes the first weights, where need be
+    if trainer.program is None or trainer.state is None:
+        trainer.module()  # plans, and makes the first weights
     program = trainer.program
     state = trainer.state
     assert program is not None and state is not None
@@ -105,7 +106,7 @@ def _of_trainer(trainer: Trainer) -> tuple[Source, tuple[Any, Any]]:
             remedy="generate with trainer.module(), if that takes tokens",
         )
     if program not in _SOURCES:
-        has_cache = hasattr(module, "empty_cache")
+        has_cache = hasattr(trainer.module(), "empty_cache")
         _SOURCES[program] = _of_program(program, has_cache)
     weights = select_weights(state, trainer.recipe)
     cast = _cast(trainer.recipe.precision)

@@ -7,8 +7,8 @@ the same prompts, of one length, and take turns in one process:
             prompt and one number of tokens: a prefill of the whole prompt, and a
             `fori_loop` whose cache is written at one position for all rows. Rotary
             angles are a table; no end token, no stop, no text
-  lepton    `lepton.generate` as it comes: prompts as lists of token ids, rows that
-            could be of different lengths, tokens read back and checked
+  lepton    `lepton.generate` of a trainer as it comes: prompts as lists of token ids,
+            rows that could be of different lengths, tokens read back and checked
 
 The greedy tokens of both are compared first. `timing.py` says how slices are sized and
 timed.
@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 import lepton_jax as lepton
@@ -95,11 +96,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _measured(name: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
     shape = lepton.models.transformer_size(case.size)
-    model = lepton.models.TransformerLM(**shape, rngs=nnx.Rngs(SEED))
     prompts = np.random.default_rng(SEED).integers(
         0, shape["vocab"], (case.rows, options.prompt), np.int32
     )
-    weights = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    trainer = lepton.Trainer(
+        model=partial(lepton.models.TransformerLM, **shape),
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.identity(),
+        train=(prompts, prompts),
+        batch_size=case.rows,
+        devices=1,
+    )
+    weights = nnx.to_pure_dict(nnx.state(trainer.module(), nnx.Param))
     hand = jax.jit(
         partial(
             by_hand,
@@ -120,7 +128,7 @@ def _measured(name: str, case: Case, options: argparse.Namespace) -> dict[str, A
 
     def run_lepton(calls: int) -> Any:
         for _ in range(calls):
-            tokens = lepton.generate(model, rows, tokens=options.tokens, **draw)
+            tokens = lepton.generate(trainer, rows, tokens=options.tokens, **draw)
         return np.stack([row.tokens for row in tokens])
 
     same = None
