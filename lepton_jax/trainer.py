@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -730,6 +730,37 @@ class Trainer:
                 self._damaged,
             )
             checkpoints.close()
+        self._begin_anew(folder)
+        if note:
+            self._note(f"parameters of {folder.name}, {note}")
+
+    def begin_with(
+        self,
+        read: Callable[[dict[str, Any]], Mapping[str, Any]],
+        shapes: tuple[Any, Any] | None = None,
+    ) -> Trainer:
+        """Begin a run with weights from elsewhere, read onto the planned mesh.
+
+        Step, schedule, optimizer and policies begin anew.
+
+        Args:
+          read: shapes of all parameters by path, e.g. "blocks/0/norm/scale", each with
+            dtype and sharding, to these parameters. Of an array only the parts that
+            lie on this host's devices are needed (`jax.make_array_from_callback`).
+          shapes: inputs and targets of a batch, where the recipe has no data.
+
+        Returns:
+          The trainer.
+        """
+        needs_shapes = self.trace is None and self.recipe.train is None
+        reader = Reader(self._ready(shapes if needs_shapes else None))
+        with phase.phase("restore"):
+            self.state = reader.begin_with_weights(read)
+        self._begin_anew(None)
+        return self
+
+    def _begin_anew(self, folder: Path | None) -> None:
+        """Begin a run at step 0, with the weights of a folder if it is a model's."""
         self.step = 0
         self._record = RunRecord()
         self._opened = folder
@@ -737,8 +768,6 @@ class Trainer:
         self._reader = None
         self._bases = {}
         self._told_end = None
-        if note:
-            self._note(f"parameters of {folder.name}, {note}")
 
     def resume(self, asked: Iterable[str] = ()) -> Trainer:
         """Go on with the run in `run_dir`.

@@ -9,6 +9,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# Two workers share the cores. OpenMP's threads wait for each other by turning round:
+# next to other work, `time pytest tests/test_table_baselines.py` then takes 60 s of the
+# cores instead of 8.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import contextlib
 import shutil

@@ -240,6 +240,7 @@ def test_linen_is_its_hand_written_loop_to_the_bit(blobs):
         language_model,
     ],
 )
+@pytest.mark.usefixtures("quick_compilation_here")
 def test_eight_devices_give_the_losses_of_one(model, blobs):
     data = data_for(model, blobs)
     one = trainer(model).fit(data, steps=STEPS)["loss"]
@@ -255,6 +256,7 @@ def test_eight_devices_give_the_losses_of_one(model, blobs):
     assert block[-1] == BATCH // 8
 
 
+@pytest.mark.usefixtures("quick_compilation_here")
 def test_steps_per_call_changes_nothing(blobs):
     runs = [
         trainer(NnxNet, steps_per_call=k, log_every=7).fit(blobs, steps=STEPS)["loss"]
@@ -265,6 +267,7 @@ def test_steps_per_call_changes_nothing(blobs):
 
 
 @pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.usefixtures("quick_compilation_here")
 def test_micro_batches_give_the_gradient_of_the_whole_batch(devices, blobs):
     model = partial(lepton.models.MLP, (12, 32, 3))
     whole = trainer(model).fit(blobs, steps=STEPS)["loss"]
@@ -277,6 +280,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(devices, blobs):
     )
 
 
+@pytest.mark.usefixtures("quick_compilation_here")
 def test_micro_batches_weigh_their_samples(blobs):
     inputs, targets = blobs
     weights = np.where(np.arange(600) % 5 == 0, 9.0, 0.25).astype(np.float32)
@@ -305,6 +309,7 @@ def test_micro_batches_weigh_their_samples(blobs):
     )
 
 
+@pytest.mark.usefixtures("quick_compilation_here")
 def test_unrolled_micro_batches_are_the_loop(blobs, monkeypatch):
     data = data_for(picture_net, blobs)
     unrolled = trainer(picture_net, micro_batches=3)
@@ -324,6 +329,7 @@ def test_unrolled_micro_batches_are_the_loop(blobs, monkeypatch):
     assert not looped.program.plan.unroll_micro_batches
 
 
+@pytest.mark.usefixtures("quick_compilation_here")
 def test_clipping_bounds_the_update(blobs):
     run = trainer(
         NnxNet,
@@ -345,6 +351,7 @@ def test_clipping_bounds_the_update(blobs):
 @pytest.mark.parametrize(
     ("precision", "tolerance"), [("bfloat16", 0.02), ("float16", 0.01)]
 )
+@pytest.mark.usefixtures("quick_compilation_here")
 def test_low_precision_follows_float32_with_float32_masters(
     precision, tolerance, blobs
 ):
@@ -370,6 +377,7 @@ def test_low_precision_follows_float32_with_float32_masters(
     assert {"bfloat16": "bf16", "float16": "f16"}[precision] in text
 
 
+@pytest.mark.usefixtures("quick_compilation_here")
 def test_float16_skips_overflowing_steps_and_halves_the_scale(blobs):
     inputs, targets = blobs
 

@@ -15,6 +15,8 @@ import pytest
 import lepton_jax as lepton
 from lepton_jax.monitor import read_events
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def make(blobs, run, near, **fields):
     fields = {

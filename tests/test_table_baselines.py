@@ -11,6 +11,8 @@ import pytest
 from lepton_jax import losses, metrics, models
 from lepton_jax.baselines import NotHere, Samples, boosting, without_suspects
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROWS = 400
 NAMES = {"categories": ["job", "ticket"], "numbers": ["age", "boat"]}
 

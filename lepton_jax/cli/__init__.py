@@ -20,6 +20,7 @@ COMMANDS = {
     "predict": "predict the rows of files, here or on a Ray cluster",
     "generate": "write text with a trained language model",
     "export": "write a trained model for a runtime, and compare the two",
+    "hub": "take models from Hugging Face folders, or write one",
     "serve": "answer requests with trained models, over HTTP",
     "shrink": "make a trained model smaller, and keep its metric",
     "explain": "show in a run's report what speaks for its predictions",

@@ -5,6 +5,7 @@ from lepton_jax.models.bag_of_words import BagOfWords
 from lepton_jax.models.cnn import CNN
 from lepton_jax.models.convnext import ConvNeXt, convnext_size
 from lepton_jax.models.dcn import DCN
+from lepton_jax.models.decoder import DecoderLM, DecoderShape, Rotary
 from lepton_jax.models.diffusion import Diffusion
 from lepton_jax.models.dlrm import DLRM
 from lepton_jax.models.ensemble import Ensemble
@@ -48,6 +49,8 @@ __all__ = [
     "VAE",
     "BagOfWords",
     "ConvNeXt",
+    "DecoderLM",
+    "DecoderShape",
     "Diffusion",
     "Ensemble",
     "FTTransformer",
@@ -58,6 +61,7 @@ __all__ = [
     "NgramLinear",
     "ResNet",
     "Retrieval",
+    "Rotary",
     "TabM",
     "TabularFront",
     "TabularMLP",

@@ -34,7 +34,8 @@ from lepton_jax.train.program import Program
 from lepton_jax.train.run_record import RunRecord
 from lepton_jax.trees import by_path
 
-# Paths in a state of the knobs' bases and of their values.
+# Paths in a state: of parameters, and of the knobs' bases and their values.
+PARAMS = "params/"
 BASE = "controller/base/"
 KNOBS = "controller/knobs/"
 # The knob that acts in the forward pass before the controller has combined it anew.
@@ -173,12 +174,41 @@ class Reader:
         for path, leaf in by_path(state).items():
             if path in choice.adoption.sources:
                 leaves[path] = leaf
-        weighed = _with_leaves(state, leaves)
+        return self._begun(_with_leaves(state, leaves)), str(choice.adoption)
 
-        # copies of the parameters that optimizer and policies keep
-        rest = [path for path in leaves if path.startswith(REPLACEABLE)]
-        begun = self.program.begun(weighed.params, weighed.variables, rest)
-        return _with_leaves(weighed, begun), str(choice.adoption)
+    def begin_with_weights(
+        self,
+        read: Callable[[dict[str, Any]], Mapping[str, jax.Array]],
+    ) -> State:
+        """Return the first state of a run that begins with weights from elsewhere.
+
+        Args:
+          read: shapes of all parameters by path, with dtype and sharding, to the
+            parameters.
+        """
+        state = self.program.init(self.program.recipe.seed)
+        # Room for the weights: what is made anew below need not lie there meanwhile.
+        for path, leaf in by_path(state).items():
+            if path.startswith((PARAMS, *REPLACEABLE)):
+                leaf.delete()
+        template = by_path(self.template())
+        wanted = {
+            path.removeprefix(PARAMS): leaf
+            for path, leaf in template.items()
+            if path.startswith(PARAMS)
+        }
+        weights = read(wanted)
+        fresh = {f"{PARAMS}{path}": weights[path] for path in wanted}
+        return self._begun(_with_leaves(state, fresh))
+
+    def _begun(self, state: State) -> State:
+        """Return a state in which optimizer and policies begin with its weights.
+
+        They may keep copies of the parameters.
+        """
+        paths = [path for path in by_path(state) if path.startswith(REPLACEABLE)]
+        fresh = self.program.begun(state.params, state.variables, paths)
+        return _with_leaves(state, fresh)
 
     def settle(
         self,

@@ -11,6 +11,8 @@ import lepton_jax as lepton
 from lepton_jax import controllers
 from lepton_jax.models import MLP
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def moved(trained, evaluated, progress=None, **options):
     """Return the moves by name, each a list with a value for each evaluation.

@@ -13,6 +13,8 @@ from tools.bench import overhead as bench_overhead
 from tools.bench import step as bench_step
 from tools.bench import timing
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONTENDERS = ["hand", "hand-fed", "lepton", "nnx"]
 TINY = bench_step.Case(
     partial(MLP, (12, 8, 10)),

@@ -16,6 +16,8 @@ from tools.bench import controller as bench_controller
 from tools.bench import controller_rivals, controller_tasks, history
 from tools.bench.tasks import HALVES, SEEN, TASKS, UNSEEN, source
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def blobs(data, optimizer=None):
     """Three classes around three corners."""

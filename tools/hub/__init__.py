@@ -1,0 +1,1 @@
+"""Are models from Hugging Face folders computed as they should be?"""
