@@ -18,11 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 
-# These have no public names. `compiler` decides which process writes to the compilation
-# cache, `distributed` holds the key-value store of jax.distributed, `effects` knows the
-# effects that keep their order, `mlir` writes a program as bytes, and
-# `source_info_util` gives an equation its place in the user's code again.
-from jax._src import compiler, distributed, effects, source_info_util
+# These have no public names. `ad_util` adds gradients up, `compiler` decides which
+# process writes to the compilation cache, `distributed` holds the key-value store of
+# jax.distributed, `effects` knows the effects that keep their order, `mlir` writes a
+# program as bytes, and `source_info_util` gives an equation its place in the user's
+# code again.
+from jax._src import ad_util, compiler, distributed, effects, source_info_util
 from jax._src.interpreters import mlir
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import AxisType, Mesh
@@ -32,6 +33,7 @@ __all__ = [
     "ClosedJaxpr",
     "Jaxpr",
     "Literal",
+    "add_any",
     "at_source",
     "cache_hits",
     "compile_request",
@@ -46,6 +48,7 @@ __all__ = [
     "placed",
     "scan_counts",
     "source_line",
+    "splash_gradient",
     "static_text",
     "whole_axes",
     "without_paths",
@@ -336,6 +339,11 @@ def _ordered_effect_within(parameter: Any) -> Any | None:
     return None
 
 
+def add_any(x: Any, y: Any) -> Any:
+    """Add two parts of a gradient, as JAX's own backward passes do."""
+    return ad_util.add_jaxvals(x, y)
+
+
 def scan_counts(
     eqn: Any,
 ) -> tuple[int, int]:
@@ -344,6 +352,50 @@ def scan_counts(
         return eqn.params["num_consts"], eqn.params["num_carry"]
     consts, carried, _ = eqn.params["ft_in"].unpack()
     return len(list(consts)), len(list(carried))
+
+
+def splash_gradient(
+    kernel: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    out: Any,
+    cotangent: Any,
+    sums: Any,
+) -> tuple[Any, Any, Any]:
+    """Run the backward pass of splash attention, which has no public name.
+
+    Args:
+      kernel: a `SplashAttentionKernel`, not of a mask that is an array.
+      query: (heads, length, width).
+      key: likewise, of its own number of heads.
+      value: likewise.
+      out: what the forward pass returned.
+      cotangent: of that.
+      sums: logarithms of the sums, (heads, length).
+
+    Returns:
+      The gradients by query, key and value.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+    )
+
+    options = kernel.kwargs
+    masks = (kernel.dq_mask_info, kernel.dkv_mask_info)
+    gradients = kernels._splash_attention_bwd(
+        False,
+        options["mask_value"],
+        options["is_mqa"],
+        options["block_sizes"],
+        None,
+        options["mask_function"],
+        options["attn_logits_soft_cap"],
+        options["interpret"],
+        (query, key, value, None, None, out, sums, *masks),
+        cotangent,
+    )
+    return gradients[3:6]
 
 
 def jit_on(

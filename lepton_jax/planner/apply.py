@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lepton_jax.compat import at_source, scan_counts
 from lepton_jax.planner.program.graph import BARRIER, Graph, Operation, Region, Value
+from lepton_jax.planner.program.kernels import BATCH, HEADS, KERNELS, heads_dim
 from lepton_jax.planner.program.layout import (
     Contraction,
     Decision,
@@ -170,6 +171,10 @@ class _Interpreter:
         product = contraction(op)
         decision = self.layout.decide(op, product)
         operands = self._move_operands(op, operands, decision)
+        if op.name in KERNELS:
+            results = self._kernel(op, operands, decision)
+            pairs = zip(results, op.outputs, strict=True)
+            return [self._put_where_it_lies(x, value) for x, value in pairs]
         if product is not None and product.groups > 1:
             results = [self._grouped(op, product, operands, decision)]
         else:
@@ -262,6 +267,33 @@ class _Interpreter:
         gathered = self._put(x, spec)
         self._gathered[value.index, spec] = gathered
         return gathered
+
+    def _kernel(
+        self,
+        op: Operation,
+        operands: list[Any],
+        decision: Decision,
+    ) -> list[Any]:
+        """Run a kernel on each device's samples and heads; XLA can't divide it."""
+        specs = []
+        for number, value in enumerate(op.inputs):
+            assert value is not None
+            specs.append(decision.inputs.get(number, self.layout.spec(value)))
+        samples = specs[0][BATCH]
+        heads = specs[0][HEADS]
+        results = []
+        for value in op.outputs:
+            spec = [0] * len(value.shape)
+            spec[BATCH] = samples
+            spec[heads_dim(value.shape)] = heads
+            results.append(partition(tuple(spec), self.mesh.axis_names))
+        return jax.shard_map(
+            lambda *local: _bind(op.eqn, list(local)),
+            mesh=self.mesh,
+            in_specs=tuple(partition(s, self.mesh.axis_names) for s in specs),
+            out_specs=results,
+            check_vma=False,
+        )(*operands)
 
     def _grouped(
         self,

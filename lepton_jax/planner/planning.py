@@ -94,19 +94,59 @@ def candidates(
     _check_objective(request, topology)
     if trace.jaxpr is None:
         return [without_data(trace, topology)]
-    trace = trace.on(topology)
+    trace = trace.on(topology, request.micro_batches)
     check_effects(trace, topology.devices)
     _check_time_limit(request)
 
     with Patience(f"planning for {topology.name}", request.time_limit) as patience:
-        patience.detail = "tracing the gradient"
-        names = Names(trace.gradient("none"), trace.arguments)
-        pins = pinning.read(request, trace, topology, names)
-        problem = Problem(trace, topology, request.objective, pins, patience)
-        ranked = search(problem)
+        problem, ranked = _searched(trace, topology, request, patience)
+        problem, ranked = _refined(problem, ranked, request)
         if not ranked[0].may_fit:
             raise advice.does_not_fit(problem, ranked, limits.DOUBLINGS)
         return [_plan(problem, chosen, ranked) for chosen in ranked[:count]]
+
+
+def _searched(
+    trace: Trace,
+    topology: Topology,
+    request: pinning.Request,
+    patience: Patience,
+) -> tuple[Problem, list[Candidate]]:
+    """Return the problem that was asked, and its candidates, best first."""
+    patience.detail = "tracing the gradient"
+    names = Names(trace.gradient("none"), trace.arguments)
+    pins = pinning.read(request, trace, topology, names)
+    problem = Problem(trace, topology, request.objective, pins, patience)
+    return problem, search(problem)
+
+
+def _refined(
+    problem: Problem,
+    ranked: list[Candidate],
+    request: pinning.Request,
+) -> tuple[Problem, list[Candidate]]:
+    """Search again with the loss in pieces that suit the micro-batches found.
+
+    How many pieces are good depends on the micro-batches, and these on how much the
+    pieces leave in memory: with the same micro-batches or twice as many, less may have
+    to be computed again. The best search counts.
+    """
+    best = (problem, ranked)
+    parts = ranked[0].assignment.micro_batches
+    tried = {problem.trace.forms}
+    for count in (parts, 2 * parts):
+        trace = problem.trace.on(problem.topology, count)
+        if trace.forms in tried or problem.patience.cut:
+            continue
+        tried.add(trace.forms)
+        other = _searched(trace, problem.topology, request, problem.patience)
+        best = max(best, other, key=lambda pair: _merit(pair[1][0]))
+    return best
+
+
+def _merit(candidate: Candidate) -> tuple[bool, bool, float]:
+    """Return what makes a candidate better than that of another search."""
+    return candidate.fits, candidate.may_fit, -candidate.score
 
 
 def _check_objective(request: pinning.Request, topology: Topology) -> None:

@@ -20,12 +20,13 @@ from lepton_jax.errors import PlanError
 from lepton_jax.planner.program.graph import Graph
 from lepton_jax.planner.program.layout import Layout, meets_stored
 from lepton_jax.planner.program.trace import Trace
+from lepton_jax.planner.rewrite import Forms
 from lepton_jax.trees import by_path
 
 # what a plan may be best in: time of a step, memory of a device, price of a step
 OBJECTIVES = ("time", "memory", "cost")
 # fields that plans of older versions lack
-SINCE = {"peak_least", "peak_bound", "peak_source"}
+SINCE = {"peak_least", "peak_bound", "peak_source", "loss_pieces", "attention"}
 # kinds of bytes that XLA decides
 DECIDED_BY_XLA = ("gradients", "activations", "temporaries")
 # the key in `Plan.reasons` of a plan that is not the very best
@@ -159,6 +160,10 @@ class Plan:
       peak_least, peak_bound: bytes between which the peak lies; at least 97 % of peaks
         are below `peak_bound`. 0: not known.
       peak_source: what the peak was measured with; empty: it is predicted.
+      loss_pieces: pieces of the tokens whose logits are computed one after the other,
+        about; 1: all logits are there at once.
+      attention: the kernel that computes attention: "blocks", "splash" (TPUs), or "":
+        the model's own operations.
     """
 
     topology: str
@@ -187,6 +192,8 @@ class Plan:
     peak_least: int = 0
     peak_bound: int = 0
     peak_source: str = ""
+    loss_pieces: int = 1
+    attention: str = ""
 
     # How a plan shows itself, by form: "text" and "html". The package fills them in,
     # since the room `show` knows plans, and a plan knows nothing of pictures.
@@ -238,6 +245,11 @@ class Plan:
             peak_bound=int(bound),
             peak_source=source,
         )
+
+    @property
+    def forms(self) -> Forms:
+        """The forms in which the loss is computed."""
+        return Forms(self.loss_pieces, self.attention)
 
     @property
     def step_seconds(self) -> float:

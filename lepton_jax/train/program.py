@@ -781,7 +781,8 @@ class Program:
 
     def _gradient_of_loss(self, rows: Rows | None) -> Callable[..., Any]:
         """Return the gradient of one micro-batch's loss, laid out as planned."""
-        around = partial(rematerialized, policy=self.plan.remat)
+        remade = partial(rematerialized, policy=self.plan.remat)
+        around = self.plan.forms.around(remade)
         names: tuple[str, ...] = ARGUMENTS
         if rows is not None:
             around = partial(compacted, tables=self.trace.tables, around=around)

@@ -6,8 +6,9 @@ the best candidates, or compiles them, and takes the first that fits by XLA's ac
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from lepton_jax.hardware.links import COLLECTIVES
 from lepton_jax.planner import Plan, Trace, ahead, candidates
 from lepton_jax.planner.estimate.feeding import size
 from lepton_jax.planner.probe import early
+from lepton_jax.planner.program.kernels import KERNELS, attention_flops
 from lepton_jax.planner.show.text import meshed
+from lepton_jax.planner.show.words import si
 from lepton_jax.train.program import Program
 from lepton_jax.verify import hlo
 from lepton_jax.verify.expected import expected
@@ -82,6 +85,7 @@ def verify(
     platform = next(iter(flat)).platform
     module = hlo.read(text)
     moves = expected(trace, plan, platform)
+    kernels = _kernel_flops(trace, plan)
     rows, unexpected, absent = compare(
         moves,
         module.collectives,
@@ -92,13 +96,28 @@ def verify(
         plan=plan,
         memory=memory,
         memory_error=None,
-        flops=module.dot_flops,
+        flops=module.dot_flops + kernels,
         rows=rows,
         unexpected=unexpected,
         seconds=seconds,
-        notes=tuple(_notes(module, platform, trace)),
+        notes=(*_notes(module, platform, trace), *_kernel_notes(kernels)),
         absent=absent,
     )
+
+
+def _kernel_flops(trace: Trace, plan: Plan) -> float:
+    """Return the FLOP of a device's kernels, of which XLA's text does not tell."""
+    if not plan.attention.startswith("splash"):
+        return 0.0
+    graph = replace(trace, forms=plan.forms).gradient(plan.remat)
+    kernels = [op for op in graph.operations() if op.name in KERNELS]
+    whole = sum(op.times * attention_flops(op) for op in kernels)
+    return whole / math.prod(plan.mesh.values())
+
+
+def _kernel_notes(flops: float) -> Iterator[str]:
+    if flops:
+        yield f"{si(flops)}FLOP of these are kernels' by the planner's own count"
 
 
 def _compiled(

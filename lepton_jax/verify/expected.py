@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lepton_jax.errors import PlanError
 from lepton_jax.hardware import Topology, topology
@@ -54,7 +54,7 @@ def expected(
 
     Each is as large as `platform` makes it.
     """
-    graph = trace.gradient(plan.remat)
+    graph = replace(trace, forms=plan.forms).gradient(plan.remat)
     layout = plan.layout(graph, trace.arguments)
     layout.batched = Names(graph, trace.arguments).batched
     layout.parts = plan.micro_batches

@@ -207,7 +207,8 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
                 )
                 if match[1]:
                     current.root = name
-        elif line.startswith("}"):
+        elif line.startswith("}") and not line.startswith("}}"):
+            # "}}" ends attributes that a kernel has written over several lines
             current = None
         elif (match := HEADER.match(line)) and not line.startswith("HloModule"):
             current = computations.setdefault(match[2], Computation(match[2]))

@@ -255,7 +255,7 @@ def test_a_batch_that_is_asked_for_instead_fits(monkeypatch):
         lepton.plan(wide(4 * asked), lepton.topology("v5e:2x2"))
     # not even one sample fits
     with pytest.raises(lepton.PlanError) as caught:
-        lepton.plan(language("1b", 131_072, 64), lepton.topology("v5e:2x2"))
+        lepton.plan(language("1b", 1_048_576, 64), lepton.topology("v5e:2x2"))
 
     assert "batch_size" not in caught.value.remedy
     assert "smaller samples" in caught.value.remedy

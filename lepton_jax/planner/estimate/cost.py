@@ -44,6 +44,7 @@ from lepton_jax.hardware import (
 )
 from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.estimate import cpu
+from lepton_jax.planner.estimate.attention import attention_seconds
 from lepton_jax.planner.estimate.equal import repeated
 from lepton_jax.planner.estimate.jobs import Job, Jobs, sum_shares
 from lepton_jax.planner.estimate.motion import Motion, moved_value
@@ -55,6 +56,7 @@ from lepton_jax.planner.program.graph import (
     Operation,
     Value,
 )
+from lepton_jax.planner.program.kernels import KERNELS, attention_flops
 from lepton_jax.planner.program.layout import (
     Contraction,
     Decision,
@@ -66,6 +68,7 @@ from lepton_jax.planner.program.layout import (
 )
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.trace import Trace
+from lepton_jax.planner.xla import operations
 from lepton_jax.planner.xla.figures import HIDDEN_SHARE
 from lepton_jax.planner.xla.operations import DOTS
 from lepton_jax.trees import by_path, nbytes
@@ -380,6 +383,8 @@ class Cost:
             and not moved_before(layout, job.product, decision, move, job.earlier)
         )
         collectives = self._compiled(moves, job, layout)
+        if job.op.name in KERNELS:
+            return self._kernel(job.op, layout, decision, collectives)
         if job.op.name not in DOTS or job.product is None:
             return Work(0.0, 0.0, collectives)
 
@@ -390,6 +395,22 @@ class Cost:
         seconds = self._matmul_seconds(job, job.product, shape)
         m, n, k, batch = shape
         flops = 2.0 * m * n * k * batch * job.taps
+        return Work(seconds, flops, collectives)
+
+    def _kernel(
+        self,
+        op: Operation,
+        layout: Layout,
+        decision: Decision,
+        collectives: tuple[Collective, ...],
+    ) -> Work:
+        """Return the work of attention on a device's samples and heads."""
+        query = op.inputs[0]
+        assert query is not None
+        spec = decision.inputs.get(0, layout.use(query))
+        share = layout.bytes(query, spec) / operations.size(query)
+        flops = share * attention_flops(op)
+        seconds = attention_seconds(op, self.chip) * share + self.chip.op_seconds
         return Work(seconds, flops, collectives)
 
     def _compiled(

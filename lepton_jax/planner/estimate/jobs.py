@@ -20,6 +20,7 @@ from lepton_jax.planner.estimate.motion import Motion
 from lepton_jax.planner.estimate.pads import Pads
 from lepton_jax.planner.estimate.reads import Earlier, Reads
 from lepton_jax.planner.program.graph import Operation, Region, Value
+from lepton_jax.planner.program.kernels import KERNELS
 from lepton_jax.planner.program.layout import Contraction, contraction
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.xla.operations import DOTS, operands
@@ -144,7 +145,7 @@ class Jobs:
         before = [read.op for reads in earlier.values() for read in reads]
         involved = [v for o in before for v in (*operands(o), *o.outputs)]
         groups = self._groups([*values, *involved])
-        if not groups and op.name not in DOTS:
+        if not groups and op.name not in DOTS and op.name not in KERNELS:
             return
         looks = self._looks(op, values)
         taps = used_taps(op, self._pads.before(op))

@@ -43,6 +43,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lepton_jax.planner.program.graph import BARRIER, KEEPING, Graph, Operation, Value
+from lepton_jax.planner.program.kernels import BATCH, KERNELS, heads_dim, length_dim
 
 # A mask of mesh axes for each dim; mesh axis i is bit 1 << i.
 Spec = tuple[int, ...]
@@ -407,6 +408,8 @@ class Layout:
 
         if product is not None:
             return self._contract(op, product, specs, wanted, moves)
+        if op.name in KERNELS:
+            return self._attend(op, specs)
 
         for number, dim in op.whole:
             spec = specs.get(number, ())
@@ -421,6 +424,48 @@ class Layout:
                 wanted[number] = whole
                 moves += self._gather(number, value, spec, whole)
                 specs[number] = whole
+        return Decision(wanted, None, tuple(moves))
+
+    def _attend(
+        self,
+        op: Operation,
+        specs: dict[int, Spec],
+    ) -> Decision:
+        """Decide how attention is split: over samples and heads, in all its arrays.
+
+        Where its arrays are split along the length, the devices exchange parts of it
+        for heads, and back (Jacobs et al. 2023, "DeepSpeed Ulysses"). Where there are
+        too few heads, they gather what is missing.
+        """
+        arrays = [(op.inputs[number], spec) for number, spec in specs.items()]
+        samples = heads = length = -1
+        for _, spec in arrays:
+            samples &= spec[BATCH]
+            heads &= spec[heads_dim(spec)]
+            length &= spec[length_dim(spec)]
+        for value in (*op.inputs, *op.outputs):
+            count = value.shape[heads_dim(value.shape)]  # type: ignore[union-attr]
+            if count % self.counts[heads | length]:
+                length = 0
+
+        wanted = {}
+        moves = []
+        for number, spec in specs.items():
+            goal = [0] * len(spec)
+            goal[BATCH] = samples
+            goal[heads_dim(spec)] = heads | length
+            if tuple(goal) == spec:
+                continue
+            wanted[number] = tuple(goal)
+            value = op.inputs[number]
+            assert value is not None
+            if length:
+                size = self.bytes(value, spec)
+                moves.append(Move("all-to-all", length, size, f"input {number}"))
+            moves += self._gather(number, value, spec, tuple(goal))
+        if length:
+            sizes = [self.bytes(value, self.spec(value)) for value in op.outputs]
+            moves += [Move("all-to-all", length, size, "out") for size in sizes]
         return Decision(wanted, None, tuple(moves))
 
     def _gather(

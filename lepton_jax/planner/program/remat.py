@@ -43,12 +43,20 @@ from typing import Any
 import jax
 
 from lepton_jax.compat import ClosedJaxpr, Literal, at_source, scan_counts
+from lepton_jax.planner.program.kernels import ATTENTION
+
+
+def _projections(primitive: Any, *avals: Any, **params: Any) -> bool:
+    """Whether an operation is a projection, or a kernel that keeps as little."""
+    keeps = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return primitive.name == ATTENTION or bool(keeps(primitive, *avals, **params))
+
 
 # What a segment keeps for the backward pass: everything; the results of projections
 # (dots without batch dims); nothing.
 POLICIES: dict[str, Any] = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _projections,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 MEANINGS = {

@@ -14,6 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 
+from lepton_jax.planner.program.kernels import (
+    ATTENTION,
+    ATTENTION_GRADIENT,
+    join_attention,
+)
+
 # A rule is called with the graph, whose join(a, b) says that two nodes are one, and the
 # operation, whose `whole` and `reduced` it fills. Dims that a rule does not join stay
 # apart, and can then not be sharded beyond the operation.
@@ -601,6 +607,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys(REDUCTIONS, _reduction),
     **dict.fromkeys(SOURCES, _source),
+    ATTENTION: join_attention,
+    ATTENTION_GRADIENT: join_attention,
     "argmax": _arg_reduction,
     "argmin": _arg_reduction,
     "broadcast_in_dim": _broadcast_in_dim,

@@ -39,6 +39,8 @@ from lepton_jax.trees import by_path, nbytes
 # FLOPs of a train step by those of its forward pass: the backward pass computes the
 # gradients of both operands of each product.
 STEP_BY_FORWARD = 3.0
+# a loss as its author wrote it
+PLAIN = rewrite.Forms()
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Trace:
       weighted: whether the loss gives weights, which may all be 0.
       tables: the embeddings that a step updates by rows.
       rewritten: whether its gradient is the faster form for a CPU; see `on`.
+      forms: in which the loss is computed; see `on`.
     """
 
     recipe: Recipe
@@ -76,20 +79,35 @@ class Trace:
     weighted: bool = False
     tables: Tables = NO_TABLES
     rewritten: bool = False
-    # by the policy of rematerialization, and whether it is rewritten
-    _gradients: dict[tuple[str, bool], Graph] = field(
+    forms: rewrite.Forms = PLAIN
+    # by the policy of rematerialization, whether it is rewritten, and its forms
+    _gradients: dict[tuple[str, bool, rewrite.Forms], Graph] = field(
         default_factory=dict, repr=False, compare=False
     )
 
-    def on(self, topology: Topology) -> Trace:
+    def on(self, topology: Topology, micro_batches: int | None = None) -> Trace:
         """Return the trace of the program that runs on some devices.
 
         Its gradient is the one that the compiled step has: see `planner.rewrite`.
+
+        Args:
+          topology: the devices.
+          micro_batches: in which a batch is taken, if the recipe doesn't say; None:
+            not known yet.
         """
         rewritten = rewrite.applies(topology.platform, topology.devices)
-        if rewritten == self.rewritten:
+        forms = PLAIN
+        if self.jaxpr is not None:
+            forms = rewrite.forms_for(
+                self.jaxpr,
+                self._traced_loss,
+                topology.platform,
+                topology.devices,
+                self.recipe.micro_batches or micro_batches,
+            )
+        if (rewritten, forms) == (self.rewritten, self.forms):
             return self
-        return replace(self, rewritten=rewritten)
+        return replace(self, rewritten=rewritten, forms=forms)
 
     def gradient(self, remat: str) -> Graph:
         """Return the graph of one batch's gradients, weighted sums and variables.
@@ -100,16 +118,29 @@ class Trace:
         Returns:
           The graph, whose inputs are called as in `arguments`.
         """
-        form = (remat, self.rewritten)
+        form = (remat, self.rewritten, self.forms)
         if form not in self._gradients:
             self._gradients[form] = self._trace_gradient(remat)
         return self._gradients[form]
+
+    def _traced_loss(self) -> ClosedJaxpr:
+        """Return the training loss of a batch, and all that is measured of it."""
+        state = self.state
+        loss = whole_loss(self.recipe, self.functional, micro_batches=1)
+        return jax.make_jaxpr(loss)(
+            state.params,
+            state.variables,
+            self.key,
+            self.inputs,
+            self.targets,
+            self.controller.forward_knobs(state.controller),
+        )
 
     def _trace_gradient(self, remat: str) -> Graph:
         state = self.state
         params = state.params
         rows = []
-        remade = partial(rematerialized, policy=remat)
+        remade = self.forms.around(partial(rematerialized, policy=remat))
         around = remade
         if self.tables:
             params = self.tables.compact(params)

@@ -15,7 +15,8 @@ pattern is not met, the operation stays. `pooling`, `slices`, `kept` and `units`
 every bit (but the sign of a zero); `loops` and `products` add up the same terms in
 another order.
 
-TPUs, GPUs and programs for several devices are left alone.
+TPUs, GPUs and programs for several devices are left alone by these passes. What
+`forms` chooses is for all: a loss whose logits never exist whole (`head`).
 """
 
 from __future__ import annotations
@@ -28,9 +29,18 @@ import jax
 
 from lepton_jax.compat import ClosedJaxpr
 from lepton_jax.planner.rewrite import kept, loops, pooling, products, slices, units
+from lepton_jax.planner.rewrite.forms import Forms, forms_for, logits_bytes
 from lepton_jax.planner.rewrite.program import flat, primitives, run
 
-__all__ = ["PASSES", "applies", "only", "rewritten"]
+__all__ = [
+    "PASSES",
+    "Forms",
+    "applies",
+    "forms_for",
+    "logits_bytes",
+    "only",
+    "rewritten",
+]
 
 # The passes by name, in the order in which they run.
 PASSES: dict[str, Any] = {

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,9 @@ CALLS = {
     "custom_vjp_call": "call_jaxpr",
 }
 
+# Those of them that only give a part a name: the others have a derivative of their own.
+NAMED_PARTS = ("jit", "pjit", "closed_call", "core_call")
+
 Env = dict[Any, Any]
 # (equation, values so far) to its results; None: it is bound as it is
 Rule = Callable[[Any, Env], list[Any] | None]
@@ -37,6 +40,24 @@ Rule = Callable[[Any, Env], list[Any] | None]
 def flat(program: ClosedJaxpr) -> ClosedJaxpr:
     """Return a program without calls, also in the bodies of its scans."""
     return retraced(program, _inlined)
+
+
+def opened(program: ClosedJaxpr) -> ClosedJaxpr:
+    """Return a program that is still to be differentiated, without named parts.
+
+    Those in the bodies of its loops are opened, too.
+    """
+
+    def rule(eqn: Any, env: Env) -> list[Any] | None:
+        name = eqn.primitive.name
+        operands = operands_of(eqn, env)
+        if name == "scan":
+            return bind(eqn, operands, jaxpr=opened(eqn.params["jaxpr"]))
+        if name not in NAMED_PARTS:
+            return None
+        return run(_called(eqn), operands, rule)
+
+    return retraced(program, rule)
 
 
 def retraced(program: ClosedJaxpr, rule: Rule) -> ClosedJaxpr:
@@ -117,13 +138,19 @@ def primitives(jaxpr: Jaxpr) -> set[str]:
     names = set()
     for eqn in jaxpr.eqns:
         names.add(eqn.primitive.name)
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                if isinstance(inner, ClosedJaxpr):
-                    names |= primitives(inner.jaxpr)
-                elif isinstance(inner, Jaxpr):
-                    names |= primitives(inner)
+        for inner in parts(eqn):
+            names |= primitives(inner)
     return names
+
+
+def parts(eqn: Any) -> Iterator[Jaxpr]:
+    """Iterate over the programs that an equation runs: a loop's body, a call's, ..."""
+    for value in eqn.params.values():
+        for inner in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(inner, ClosedJaxpr):
+                yield inner.jaxpr
+            elif isinstance(inner, Jaxpr):
+                yield inner
 
 
 class Uses:
@@ -184,10 +211,12 @@ def _inlined(eqn: Any, env: Env) -> list[Any] | None:
         return bind(eqn, operands, jaxpr=flat(eqn.params["jaxpr"]))
     if name not in CALLS:
         return None
-    inner = eqn.params[CALLS[name]]
-    if isinstance(inner, Jaxpr):
-        inner = ClosedJaxpr(inner, ())
-    return run(inner, operands, _inlined)
+    return run(_called(eqn), operands, _inlined)
+
+
+def _called(eqn: Any) -> ClosedJaxpr:
+    inner = eqn.params[CALLS[eqn.primitive.name]]
+    return ClosedJaxpr(inner, ()) if isinstance(inner, Jaxpr) else inner
 
 
 def _shape(aval: Any) -> jax.ShapeDtypeStruct:

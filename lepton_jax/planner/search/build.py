@@ -21,6 +21,18 @@ from lepton_jax.planner.search.limits import CAUSES
 from lepton_jax.planner.search.masks import has, sample_axes
 from lepton_jax.trees import by_path, nbytes
 
+# what a kernel of attention does, by its name
+KERNELS = {
+    "blocks": (
+        "scores of a block of queries at a time, computed again in the backward pass;"
+        " blocks that see nothing are skipped"
+    ),
+    "splash": (
+        "JAX's kernel for TPUs: scores stay in the memory next to the processor, and"
+        " blocks that see nothing are skipped"
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -95,6 +107,8 @@ def build(
         notes=(*verdict.notes, *notes),
         peak_least=verdict.bounds.least,
         peak_bound=verdict.bounds.most,
+        loss_pieces=trace.forms.loss_pieces,
+        attention=trace.forms.attention,
     )
 
 
@@ -162,6 +176,15 @@ def _feeding_reasons(
     if assignment.micro_batches > 1 and feeding.slow_loops(trace, topology):
         reasons["micro-batches unrolled"] = (
             "XLA's CPU backend runs convolutions inside loops on a slow path"
+        )
+    kernel = trace.forms.attention
+    if kernel:
+        reasons[f"attention {kernel}"] = KERNELS[kernel]
+    pieces = trace.forms.loss_pieces
+    if pieces > 1:
+        reasons[f"loss in {pieces} pieces"] = (
+            "logits of all tokens, and their gradients, are not held at once; the"
+            " head's gradient is taken piece by piece in the forward pass"
         )
     for path, table in trace.tables.tables.items():
         reasons[f"rows of {path}"] = table.why
