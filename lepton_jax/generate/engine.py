@@ -94,7 +94,10 @@ class Engine:
         )
         self.decode = source.jit(self._decode, donate_argnums=1, **options)
 
-    def head(self, weights: Any) -> int:
+    def head(
+        self,
+        weights: Any,
+    ) -> int:
         """Return how many tokens the model has logits for.
 
         Raises:
@@ -205,7 +208,10 @@ class Engine:
         )
 
 
-def _key(seed: Any, step: jax.Array) -> jax.Array:
+def _key(
+    seed: Any,
+    step: jax.Array,
+) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), step)
 
 

@@ -141,7 +141,11 @@ def candidates(
 # ---- internals ----
 
 
-def _out_of_range(name: str, value: Any, range_: str) -> SettingError:
+def _out_of_range(
+    name: str,
+    value: Any,
+    range_: str,
+) -> SettingError:
     return SettingError(
         f"{name} is {value!r}; it must be {range_}",
         where=WHERE,

@@ -134,7 +134,10 @@ def _compared(
     return results
 
 
-def _jobs(options: argparse.Namespace, kinds: list[str]) -> tuple[Job, list[Job]]:
+def _jobs(
+    options: argparse.Namespace,
+    kinds: list[str],
+) -> tuple[Job, list[Job]]:
     """Return the first training, and the fine-tunings."""
     shape = lepton.models.transformer_size(options.size)
     model = partial(lepton.models.TransformerLM, **shape)
@@ -175,12 +178,19 @@ def _jobs(options: argparse.Namespace, kinds: list[str]) -> tuple[Job, list[Job]
     return base, jobs
 
 
-def _schedule(peak: float, steps: int) -> Any:
+def _schedule(
+    peak: float,
+    steps: int,
+) -> Any:
     warmup = max(1, steps // 10)
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, 0.1 * peak)
 
 
-def _gone_on(job: Job, folder: Path, until: float) -> Any:
+def _gone_on(
+    job: Job,
+    folder: Path,
+    until: float,
+) -> Any:
     """Go on with a run to its end; return its trainer, or None if time is up."""
     place = folder / job.name
     trainer = lepton.Trainer(job.recipe, run_dir=place, devices=1)
@@ -214,7 +224,10 @@ def _parts(trainer: Any) -> list[dict[str, Any]]:
 # ---- texts ----
 
 
-def _read(path: Path | None, otherwise: Any) -> bytes:
+def _read(
+    path: Path | None,
+    otherwise: Any,
+) -> bytes:
     return otherwise() if path is None else path.read_bytes()
 
 
@@ -228,7 +241,10 @@ def _asyncio() -> bytes:
     return b"".join(file.read_bytes() for file in files)
 
 
-def _rows(text: bytes, length: int) -> tuple[np.ndarray, np.ndarray]:
+def _rows(
+    text: bytes,
+    length: int,
+) -> tuple[np.ndarray, np.ndarray]:
     tokens = np.frombuffer(text, np.uint8).astype(np.int32)
     count = (len(tokens) - 1) // length
     if count < 2:

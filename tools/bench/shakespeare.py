@@ -70,7 +70,10 @@ class DropoutLM(nnx.Module):
         self.norm = nnx.RMSNorm(dim, epsilon=EPSILON, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        tokens: jax.Array,
+    ) -> jax.Array:
         """Map tokens int32 (batch, length) to logits (batch, length, vocab)."""
         x = self.dropout(self.embed(tokens))
         for block in self.blocks:
@@ -176,7 +179,10 @@ def recipe_of(options: argparse.Namespace) -> lepton.Recipe:
     )
 
 
-def shifted(tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+def shifted(
+    tokens: np.ndarray,
+    length: int,
+) -> tuple[np.ndarray, np.ndarray]:
     """Return rows that begin at every half of a row, so that each cut is inside one."""
     first = _rows(tokens, length)
     second = _rows(tokens[length // 2 :], length)
@@ -184,7 +190,10 @@ def shifted(tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     return inputs, targets
 
 
-def _rows(tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+def _rows(
+    tokens: np.ndarray,
+    length: int,
+) -> tuple[np.ndarray, np.ndarray]:
     count = (len(tokens) - 1) // length
     inputs = tokens[: count * length].reshape(count, length)
     targets = tokens[1 : count * length + 1].reshape(count, length)
