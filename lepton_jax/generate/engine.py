@@ -51,12 +51,12 @@ class Draws(NamedTuple):
     """What the draws of a batch depend on, next to the logits.
 
     Attributes:
-      keys: a random key for each row.
+      seeds: of the random numbers of each row, uint32 (rows,).
       knobs: see `Sampling.knobs`.
       ends: tokens after which a row is done, int32 (any,).
     """
 
-    keys: jax.Array
+    seeds: np.ndarray
     knobs: dict[str, Any]
     ends: np.ndarray
 
@@ -94,7 +94,10 @@ class Engine:
         )
         self.decode = source.jit(self._decode, donate_argnums=1, **options)
 
-    def head(self, weights: Any) -> int:
+    def head(
+        self,
+        weights: Any,
+    ) -> int:
         """Return how many tokens the model has logits for.
 
         Raises:
@@ -186,9 +189,9 @@ class Engine:
             is_token = jnp.arange(logits.shape[-1]) < self.vocab
             logits = jnp.where(is_token, logits, -jnp.inf)
 
-        keys = draws.keys
+        keys = None
         if not self.sampling.is_greedy:
-            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, carry.step)
+            keys = jax.vmap(partial(_key, step=carry.step))(draws.seeds)
         token = draw(keys, logits, self.sampling, draws.knobs)
         tokens = jax.lax.dynamic_update_slice_in_dim(
             carry.tokens, token[:, None], carry.step, axis=1
@@ -203,6 +206,13 @@ class Engine:
             carry.ended | is_end,
             carry.is_nan | (is_nan & ~carry.ended),
         )
+
+
+def _key(
+    seed: Any,
+    step: jax.Array,
+) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), step)
 
 
 class Cached:

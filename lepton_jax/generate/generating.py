@@ -173,7 +173,11 @@ class _Job:
     vocab: int | None
     chunk: int
 
-    def pieces(self, model: Any, cached: bool | None) -> Iterator[Piece]:
+    def pieces(
+        self,
+        model: Any,
+        cached: bool | None,
+    ) -> Iterator[Piece]:
         """Check the model, and return an iterator that generates."""
         source, weights = source_of(model)
         engine = _engine_of(source, self._kept(), self.vocab, _mode(source, cached))
@@ -199,7 +203,11 @@ class _Job:
             0.5 if "min_p" in knobs else None,
         )
 
-    def _generated(self, engine: Engine, weights: Any) -> Iterator[Piece]:
+    def _generated(
+        self,
+        engine: Engine,
+        weights: Any,
+    ) -> Iterator[Piece]:
         texts = [RowText(self.codec, row, self.stop) for row in self.rows]
         open_rows = set(range(len(self.rows)))
         carry = self._begun(engine, weights)
@@ -221,7 +229,11 @@ class _Job:
                 yield piece
             made = until
 
-    def _begun(self, engine: Engine, weights: Any) -> Carry:
+    def _begun(
+        self,
+        engine: Engine,
+        weights: Any,
+    ) -> Carry:
         """Run the prefill."""
         lengths = [len(row) for row in self.rows]
         width = _width(max(lengths) - 1) + 1
@@ -243,11 +255,13 @@ class _Job:
             room=-(-self.tokens // SLOTS) * SLOTS,
         )
 
-    def _draws(self, count: int) -> Draws:
+    def _draws(
+        self,
+        count: int,
+    ) -> Draws:
         seeds = np.zeros(count, np.uint32)
         seeds[: len(self.seeds)] = self.seeds
-        keys = jax.vmap(jax.random.key)(seeds)
-        return Draws(keys, self.sampling.knobs(), np.asarray(self.ends, np.int32))
+        return Draws(seeds, self.sampling.knobs(), np.asarray(self.ends, np.int32))
 
 
 @lru_cache(maxsize=ENGINES)
@@ -278,7 +292,11 @@ def _piece(
     return Piece(row, new[: text.count - before], shown, reason)
 
 
-def _joined(pieces: Iterator[Piece], count: int, has_text: bool) -> list[Generated]:
+def _joined(
+    pieces: Iterator[Piece],
+    count: int,
+    has_text: bool,
+) -> list[Generated]:
     """Join the pieces of each row."""
     rows: list[list[Piece]] = [[] for _ in range(count)]
     for piece in pieces:
@@ -307,7 +325,10 @@ def _width(tokens: int) -> int:
 # ---- checks of the arguments ----
 
 
-def _rows(prompts: Any, codec: Codec | None) -> tuple[bool, Rows]:
+def _rows(
+    prompts: Any,
+    codec: Codec | None,
+) -> tuple[bool, Rows]:
     """Return whether there is one prompt, and the tokens of each."""
     is_one = isinstance(prompts, str) or _are_numbers(prompts)
     rows = [prompts] if is_one else list(prompts)
@@ -324,7 +345,10 @@ def _all_whole(prompt: Any) -> bool:
     return len(prompt) > 0 and all(is_whole(token) for token in prompt)
 
 
-def _check_vocab(vocab: int | None, head: int) -> None:
+def _check_vocab(
+    vocab: int | None,
+    head: int,
+) -> None:
     if vocab is not None and not 1 <= vocab <= head:
         raise SettingError(
             f"the vocabulary has {vocab} tokens, but the model logits for {head}",
@@ -333,7 +357,10 @@ def _check_vocab(vocab: int | None, head: int) -> None:
         )
 
 
-def _check_tokens(rows: Rows, vocab: int) -> None:
+def _check_tokens(
+    rows: Rows,
+    vocab: int,
+) -> None:
     for number, row in enumerate(rows):
         strange = [token for token in row if not 0 <= token < vocab]
         if strange:
@@ -354,7 +381,10 @@ def _count(tokens: int) -> int:
     return int(tokens)
 
 
-def _stops(stop: str | Sequence[str], codec: Codec | None) -> tuple[str, ...]:
+def _stops(
+    stop: str | Sequence[str],
+    codec: Codec | None,
+) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     stops = () if stop == "" else stops
     if not all(isinstance(text, str) and text for text in stops):
@@ -372,7 +402,10 @@ def _stops(stop: str | Sequence[str], codec: Codec | None) -> tuple[str, ...]:
     return stops
 
 
-def _ends(end: Any, codec: Codec | None) -> tuple[int, ...]:
+def _ends(
+    end: Any,
+    codec: Codec | None,
+) -> tuple[int, ...]:
     if end is None:
         return () if codec is None else codec.ends
     ends = (end,) if is_whole(end) else tuple(end)
@@ -385,7 +418,10 @@ def _ends(end: Any, codec: Codec | None) -> tuple[int, ...]:
     return tuple(int(token) for token in ends)
 
 
-def _seeds(seed: Any, count: int) -> np.ndarray:
+def _seeds(
+    seed: Any,
+    count: int,
+) -> np.ndarray:
     """Return a seed for each row."""
     if is_whole(seed):
         sequence = np.random.SeedSequence(abs(int(seed)))
@@ -400,7 +436,10 @@ def _seeds(seed: Any, count: int) -> np.ndarray:
     return np.asarray(seeds, np.uint32)
 
 
-def _mode(source: Source, cached: bool | None) -> bool:
+def _mode(
+    source: Source,
+    cached: bool | None,
+) -> bool:
     has_cache = source.empty is not None
     if cached and not has_cache:
         raise ModelError(

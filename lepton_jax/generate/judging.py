@@ -182,12 +182,19 @@ class Window(NamedTuple):
     start: int
 
 
-def _codec(model: Any, tokenizer: Any) -> Codec | None:
+def _codec(
+    model: Any,
+    tokenizer: Any,
+) -> Codec | None:
     preparation = model.preparation if isinstance(model, Trainer) else None
     return codec_of(tokenizer, preparation)
 
 
-def _windows(row: Sequence[int], length: int, stride: int) -> Iterator[Window]:
+def _windows(
+    row: Sequence[int],
+    length: int,
+    stride: int,
+) -> Iterator[Window]:
     counted = 1  # nothing predicts a text's first token
     for begin in range(0, len(row), stride):
         if counted >= len(row):
@@ -197,7 +204,11 @@ def _windows(row: Sequence[int], length: int, stride: int) -> Iterator[Window]:
         counted = begin + len(tokens)
 
 
-def _window(text: Any, answer: Any, codec: Codec | None) -> Window:
+def _window(
+    text: Any,
+    answer: Any,
+    codec: Codec | None,
+) -> Window:
     """Return a question with an answer, as tokens.
 
     A text and its answer become tokens together, as tokenizers may join their letters.
@@ -216,14 +227,21 @@ def _window(text: Any, answer: Any, codec: Codec | None) -> Window:
     return Window(whole, len(context))
 
 
-def _score(found: tuple[float, int], answer: Any, per: str) -> float:
+def _score(
+    found: tuple[float, int],
+    answer: Any,
+    per: str,
+) -> float:
     logs, count = found
     if per == "token":
         return logs / count
     return logs / len(answer) if per == "character" else logs
 
 
-def _accuracy(chosen: np.ndarray, right: Sequence[int] | None) -> float | None:
+def _accuracy(
+    chosen: np.ndarray,
+    right: Sequence[int] | None,
+) -> float | None:
     if right is None:
         return None
     if len(right) != len(chosen):
@@ -257,7 +275,10 @@ def _log_probabilities(
             yield float(logs[number]), len(window.tokens) - window.start
 
 
-def _batches(windows: Sequence[Window], rows: int) -> Iterator[Sequence[Window]]:
+def _batches(
+    windows: Sequence[Window],
+    rows: int,
+) -> Iterator[Sequence[Window]]:
     """Cut windows into runs of about `TOKENS_AT_ONCE` tokens, in their order."""
     longest = max((len(window.tokens) for window in windows), default=1)
     size = max(rows, TOKENS_AT_ONCE // max(longest, 1) // rows * rows)
@@ -277,7 +298,11 @@ def _compiled(source: Source) -> Any:
 def _scorer(source: Source) -> Any:
     forward = source.forward
 
-    def run(weights: Any, tokens: jax.Array, counts: jax.Array) -> jax.Array:
+    def run(
+        weights: Any,
+        tokens: jax.Array,
+        counts: jax.Array,
+    ) -> jax.Array:
         params, variables = weights
         logits, _ = forward(params, variables, tokens, None)
         logits = logits[:, :-1]

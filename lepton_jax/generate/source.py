@@ -74,16 +74,32 @@ def source_of(model: Any) -> tuple[Source, Any]:
 
 
 @lru_cache(maxsize=KEPT)
-def _of_graph(graph: Any, has_cache: bool) -> Source:
-    def module(params: Any, rest: Any) -> Any:
+def _of_graph(
+    graph: Any,
+    has_cache: bool,
+) -> Source:
+    def module(
+        params: Any,
+        rest: Any,
+    ) -> Any:
         whole: Any = nnx.merge(graph, params, rest, copy=True)
         whole.eval()
         return whole
 
-    def forward(params: Any, rest: Any, tokens: Any, cache: Any) -> Any:
+    def forward(
+        params: Any,
+        rest: Any,
+        tokens: Any,
+        cache: Any,
+    ) -> Any:
         return _called(module(params, rest), tokens, cache)
 
-    def empty(params: Any, rest: Any, rows: int, slots: int) -> Any:
+    def empty(
+        params: Any,
+        rest: Any,
+        rows: int,
+        slots: int,
+    ) -> Any:
         dtype = _floats(params)
         return module(params, rest).empty_cache(rows, slots, dtype)
 
@@ -94,7 +110,8 @@ _SOURCES: weakref.WeakKeyDictionary[Any, Source] = weakref.WeakKeyDictionary()
 
 
 def _of_trainer(trainer: Trainer) -> tuple[Source, tuple[Any, Any]]:
-    module = trainer.module()  # plans, and makes the first weights, where need be
+    if trainer.program is None or trainer.state is None:
+        trainer.module()  # plans, and makes the first weights
     program = trainer.program
     state = trainer.state
     assert program is not None and state is not None
@@ -105,7 +122,7 @@ def _of_trainer(trainer: Trainer) -> tuple[Source, tuple[Any, Any]]:
             remedy="generate with trainer.module(), if that takes tokens",
         )
     if program not in _SOURCES:
-        has_cache = hasattr(module, "empty_cache")
+        has_cache = hasattr(trainer.module(), "empty_cache")
         _SOURCES[program] = _of_program(program, has_cache)
     weights = select_weights(state, trainer.recipe)
     cast = _cast(trainer.recipe.precision)
@@ -125,30 +142,51 @@ def _cast(name: str) -> Callable[[Any], Any]:
     return lambda weights: (cast(weights[0]), weights[1])
 
 
-def _of_program(program: Any, has_cache: bool) -> Source:
+def _of_program(
+    program: Any,
+    has_cache: bool,
+) -> Source:
     traced = program.trace
     kept = traced.functional
     plan = program.plan
     by_name = isinstance(traced.inputs, dict)
     dtype = jnp.dtype(program.recipe.precision)
 
-    def module(params: Any, variables: Any) -> Any:
+    def module(
+        params: Any,
+        variables: Any,
+    ) -> Any:
         whole = kept.whole(params, variables)
         if isinstance(whole, nnx.Module):
             follow_precision(whole)
         return whole
 
-    def called(params: Any, variables: Any, inputs: Any, cache: Any) -> Any:
+    def called(
+        params: Any,
+        variables: Any,
+        inputs: Any,
+        cache: Any,
+    ) -> Any:
         tokens = inputs["tokens"] if by_name else inputs
         return _called(module(params, variables), tokens, cache)
 
     laid = laid_out(called, plan.layout, program.mesh, ARGUMENTS)
 
-    def forward(params: Any, variables: Any, tokens: Any, cache: Any) -> Any:
+    def forward(
+        params: Any,
+        variables: Any,
+        tokens: Any,
+        cache: Any,
+    ) -> Any:
         inputs = {"tokens": tokens} if by_name else tokens
         return laid(params, variables, inputs, cache)
 
-    def empty(params: Any, variables: Any, rows: int, slots: int) -> Any:
+    def empty(
+        params: Any,
+        variables: Any,
+        rows: int,
+        slots: int,
+    ) -> Any:
         return module(params, variables).empty_cache(rows, slots, dtype)
 
     rows = 1
@@ -163,7 +201,11 @@ def _of_program(program: Any, has_cache: bool) -> Source:
     )
 
 
-def _called(module: Any, tokens: Any, cache: Any) -> tuple[Any, Any]:
+def _called(
+    module: Any,
+    tokens: Any,
+    cache: Any,
+) -> tuple[Any, Any]:
     if cache is None:
         return module(tokens).astype(jnp.float32), None
     logits, cache = module(tokens, cache=cache)
