@@ -62,7 +62,9 @@ class Draws(NamedTuple):
 
 
 class Engine:
-    """The two compiled functions of a model.
+    """The compiled functions of a model.
+
+    `begin` and `decode` go in pieces; `whole` goes to the end in one call.
 
     Args:
       source: the model.
@@ -93,6 +95,11 @@ class Engine:
             **options,
         )
         self.decode = source.jit(self._decode, donate_argnums=1, **options)
+        self.whole = source.jit(
+            self._whole,
+            static_argnames=("slots", "room"),
+            **options,
+        )
 
     def head(
         self,
@@ -158,6 +165,21 @@ class Engine:
             jnp.zeros(rows, bool),
             jnp.zeros(rows, bool),
         )
+
+    def _whole(
+        self,
+        weights: Any,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        draws: Draws,
+        until: jax.Array,
+        *,
+        slots: int,
+        room: int,
+    ) -> Carry:
+        """Do as `_begin` and `_decode` in one call, and return no memory."""
+        carry = self._begin(weights, tokens, lengths, slots=slots, room=room)
+        return self._decode(weights, carry, draws, until)._replace(memory=None)
 
     def _decode(
         self,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from lepton_jax.errors import DataError, ModelError, SettingError
 from lepton_jax.generate.codec import Codec, codec_of
-from lepton_jax.generate.engine import Carry, Draws, Engine
+from lepton_jax.generate.engine import Draws, Engine
 from lepton_jax.generate.filters import WHERE, Sampling
 from lepton_jax.generate.source import Source, source_of
 from lepton_jax.generate.text import RowText, is_whole, prompt_row
@@ -26,6 +26,7 @@ CHUNK = 16
 LEAST_WIDTH = 16
 MOST_WIDTH = 1024
 SLOTS = 32
+MOST_SLOTS = 2**31 - 1  # of a cache whose model has no learned positions: int32
 ENGINES = 32  # compiled pairs of programs that are kept; assumption
 
 Rows = Sequence[Sequence[int]]
@@ -159,6 +160,14 @@ def generate(
 # ---- internals ----
 
 
+class _Filled(NamedTuple):
+    """Prompts as a compiled program takes them."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    sizes: dict[str, int]
+
+
 @dataclass(frozen=True)
 class _Job:
     """One call of `generate`, whose arguments are checked."""
@@ -183,6 +192,7 @@ class _Job:
         engine = _engine_of(source, self._kept(), self.vocab, _mode(source, cached))
         head = engine.head(weights)
         _check_vocab(self.vocab, head)
+        _check_length(self.rows, self.tokens, source.longest)
         _check_tokens(self.rows, self.vocab or head)
         if not self.rows:
             return iter(())
@@ -210,12 +220,18 @@ class _Job:
     ) -> Iterator[Piece]:
         texts = [RowText(self.codec, row, self.stop) for row in self.rows]
         open_rows = set(range(len(self.rows)))
-        carry = self._begun(engine, weights)
-        draws = self._draws(len(carry.token))
+        filled = self._filled(engine.source)
+        draws = self._draws(len(filled.lengths))
+        carry = None
         made = 0
         while open_rows:
             until = min(made + self.chunk, self.tokens)
-            carry = engine.decode(weights, carry, draws, np.int32(until))
+            if carry is None and until == self.tokens:
+                last = np.int32(until)
+                carry = engine.whole(weights, *filled[:2], draws, last, **filled.sizes)
+            else:
+                carry = carry or engine.begin(weights, *filled[:2], **filled.sizes)
+                carry = engine.decode(weights, carry, draws, np.int32(until))
             drawn, counts, ended, is_nan = jax.device_get(
                 (carry.tokens, carry.counts, carry.ended, carry.is_nan)
             )
@@ -229,31 +245,22 @@ class _Job:
                 yield piece
             made = until
 
-    def _begun(
-        self,
-        engine: Engine,
-        weights: Any,
-    ) -> Carry:
-        """Run the prefill."""
+    def _filled(self, source: Source) -> _Filled:
+        """Return the prompts, filled up to a size that programs are compiled for."""
         lengths = [len(row) for row in self.rows]
-        width = _width(max(lengths) - 1) + 1
+        longest = source.longest or MOST_SLOTS
+        width = min(_width(max(lengths) - 1) + 1, longest)
         needed = max(width, max(lengths) + self.tokens)
-        slots = -(-needed // SLOTS) * SLOTS
-        multiple = engine.source.rows
-        count = -(-len(self.rows) // multiple) * multiple
+        slots = min(-(-needed // SLOTS) * SLOTS, longest)
+        count = -(-len(self.rows) // source.rows) * source.rows
 
         tokens = np.zeros((count, width), np.int32)
         for number, row in enumerate(self.rows):
             tokens[number, : len(row)] = row
         filled = np.ones(count, np.int32)
         filled[: len(lengths)] = lengths
-        return engine.begin(
-            weights,
-            tokens,
-            filled,
-            slots=slots,
-            room=-(-self.tokens // SLOTS) * SLOTS,
-        )
+        room = -(-self.tokens // SLOTS) * SLOTS
+        return _Filled(tokens, filled, {"slots": slots, "room": room})
 
     def _draws(
         self,
@@ -354,6 +361,21 @@ def _check_vocab(
             f"the vocabulary has {vocab} tokens, but the model logits for {head}",
             where=WHERE,
             remedy="give the model's own tokenizer, or vocab=...",
+        )
+
+
+def _check_length(
+    rows: Rows,
+    tokens: int,
+    longest: int | None,
+) -> None:
+    needed = max(map(len, rows), default=0) + tokens
+    if longest is not None and needed > longest:
+        raise SettingError(
+            f"the longest prompt and {tokens} tokens make {needed}, but the model has"
+            f" positions for {longest}",
+            where=WHERE,
+            remedy="give a shorter prompt, or ask for fewer tokens",
         )
 
 

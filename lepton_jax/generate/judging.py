@@ -21,6 +21,7 @@ from lepton_jax.trainer import Trainer
 # Tokens that go through the model at once; assumption: logits of a vocabulary of
 # 128,256 take 2 GiB then.
 TOKENS_AT_ONCE = 4096
+MOST_WIDTH = 2**31 - 1  # of rows, where positions are not learned: int32
 WIDTH = 32  # rows are filled up to a multiple of it, so that few programs are compiled
 
 
@@ -262,7 +263,14 @@ def _log_probabilities(
     run = _compiled(source)
     for part in _batches(windows, source.rows):
         longest = max(len(window.tokens) for window in part)
-        width = -(-longest // WIDTH) * WIDTH
+        if longest > (source.longest or longest):
+            raise SettingError(
+                f"a text has {longest} tokens, but the model has positions for"
+                f" {source.longest}",
+                where="perplexity, multiple_choice",
+                remedy="give a shorter window, or shorter questions",
+            )
+        width = min(-(-longest // WIDTH) * WIDTH, source.longest or MOST_WIDTH)
         rows = -(-len(part) // source.rows) * source.rows
         tokens = np.zeros((rows, width), np.int32)
         counts = np.zeros((rows, width), bool)

@@ -41,6 +41,7 @@ class Source:
         cache.
       jit: `jax.jit` for the devices of the weights.
       rows: the number of rows must be a multiple of it.
+      longest: tokens that a row can have, by learned positions; None: any number.
       replicated: where the tokens come out; None: where the model is.
     """
 
@@ -48,6 +49,7 @@ class Source:
     empty: Callable[[Any, Any, int, int], Any] | None
     jit: Callable[..., Any] = jax.jit
     rows: int = 1
+    longest: int | None = None
     replicated: NamedSharding | None = None
 
 
@@ -62,7 +64,7 @@ def source_of(model: Any) -> tuple[Source, Any]:
         return _of_trainer(model)
     if isinstance(model, nnx.Module):
         graph, *weights = nnx.split(model, nnx.Param, ...)
-        return _of_graph(graph, hasattr(model, "empty_cache")), tuple(weights)
+        return _of_graph(graph, *_abilities(model)), tuple(weights)
     raise ModelError(
         f"a {type(model).__name__} is given where a language model is expected",
         where="generate",
@@ -77,6 +79,7 @@ def source_of(model: Any) -> tuple[Source, Any]:
 def _of_graph(
     graph: Any,
     has_cache: bool,
+    longest: int | None,
 ) -> Source:
     def module(
         params: Any,
@@ -103,7 +106,7 @@ def _of_graph(
         dtype = _floats(params)
         return module(params, rest).empty_cache(rows, slots, dtype)
 
-    return Source(forward, empty if has_cache else None)
+    return Source(forward, empty if has_cache else None, longest=longest)
 
 
 _SOURCES: weakref.WeakKeyDictionary[Any, Source] = weakref.WeakKeyDictionary()
@@ -122,8 +125,7 @@ def _of_trainer(trainer: Trainer) -> tuple[Source, tuple[Any, Any]]:
             remedy="generate with trainer.module(), if that takes tokens",
         )
     if program not in _SOURCES:
-        has_cache = hasattr(trainer.module(), "empty_cache")
-        _SOURCES[program] = _of_program(program, has_cache)
+        _SOURCES[program] = _of_program(program, *_abilities(trainer.module()))
     weights = select_weights(state, trainer.recipe)
     cast = _cast(trainer.recipe.precision)
     return _SOURCES[program], cast(weights)
@@ -145,6 +147,7 @@ def _cast(name: str) -> Callable[[Any], Any]:
 def _of_program(
     program: Any,
     has_cache: bool,
+    longest: int | None,
 ) -> Source:
     traced = program.trace
     kept = traced.functional
@@ -197,8 +200,15 @@ def _of_program(
         empty if has_cache else None,
         partial(jit_on, program.mesh.devices.flat),
         rows,
+        longest,
         program.replicated if program.mesh.size > 1 else None,
     )
+
+
+def _abilities(module: Any) -> tuple[bool, int | None]:
+    """Return whether a model has a cache, and how many tokens a row can have."""
+    positions = getattr(getattr(module, "shape", None), "positions", None)
+    return hasattr(module, "empty_cache"), positions or None
 
 
 def _called(
