@@ -15,8 +15,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-ATTENTION = "fused_attention"
-ATTENTION_GRADIENT = "fused_attention_gradient"
+from lepton_jax.planner.rewrite.attention import ATTENTION, ATTENTION_GRADIENT
+
 KERNELS = (ATTENTION, ATTENTION_GRADIENT)
 
 BATCH, LENGTH, HEADS, WIDTH = range(4)
