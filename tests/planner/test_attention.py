@@ -141,6 +141,10 @@ def test_the_kernel_for_tpus_computes_attention(length):
     compare("splash-interpreted", arrays(1, length, 2, 1, 16))
 
 
+def test_a_plan_for_tpus_computes_in_blocks_elsewhere():
+    compare("splash", arrays(1, 20, 2, 1, 8))
+
+
 def test_bfloat16_attention_differs_within_its_rounding():
     given = arrays(1, 140, 2, 2, 16, jnp.bfloat16)
 

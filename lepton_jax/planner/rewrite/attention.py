@@ -322,12 +322,28 @@ def _gradient_shapes(query: Any, key: Any, value: Any, *_: Any, how: How) -> lis
 
 
 def _operation(name: str, run: Callable, shapes: Callable) -> Primitive:
-    """Return an operation that is compiled as a function says, on any backend."""
+    """Return an operation that is compiled as a function says.
+
+    The kernel for TPUs runs there alone: a plan that has it, replayed elsewhere,
+    computes in blocks.
+    """
+
+    def run_anywhere(*arrays: Any, how: How) -> Any:
+        if how.kernel == "splash":
+            how = how._replace(kernel="blocks")
+        return run(*arrays, how=how)
+
+    def run_now(*arrays: Any, how: How) -> Any:
+        return jax.jit(partial(primitive.bind, how=how))(*arrays)
+
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_abstract_eval(shapes)
-    primitive.def_impl(jax.jit(run, static_argnames="how"))
-    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
+    primitive.def_impl(run_now)
+    anywhere = mlir.lower_fun(run_anywhere, multiple_results=True)
+    on_tpu = mlir.lower_fun(run, multiple_results=True)
+    mlir.register_lowering(primitive, anywhere)
+    mlir.register_lowering(primitive, on_tpu, platform="tpu")
     return primitive
 
 
