@@ -31,10 +31,8 @@ import jax
 from lepton_jax.compat import ClosedJaxpr
 from lepton_jax.planner.rewrite import forms as choice
 from lepton_jax.planner.rewrite import kept, loops, pooling, products, slices, units
-from lepton_jax.planner.rewrite.forms import Forms, forms_for, logits_bytes
-from lepton_jax.planner.rewrite.program import equations, flat, run
 from lepton_jax.planner.rewrite.forms import Forms
-from lepton_jax.planner.rewrite.program import flat, primitives, run
+from lepton_jax.planner.rewrite.program import equations, flat, run
 from lepton_jax.planner.rewrite.softmax import fused
 
 __all__ = [
