@@ -362,6 +362,7 @@ def splash_gradient(
     out: Any,
     cotangent: Any,
     sums: Any,
+    segments: Any = None,
 ) -> tuple[Any, Any, Any]:
     """Run the backward pass of splash attention, which has no public name.
 
@@ -373,6 +374,7 @@ def splash_gradient(
       out: what the forward pass returned.
       cotangent: of that.
       sums: logarithms of the sums, (heads, length).
+      segments: `SegmentIds`, if the forward pass had them.
 
     Returns:
       The gradients by query, key and value.
@@ -392,7 +394,7 @@ def splash_gradient(
         options["mask_function"],
         options["attn_logits_soft_cap"],
         options["interpret"],
-        (query, key, value, None, None, out, sums, *masks),
+        (query, key, value, segments, None, out, sums, *masks),
         cotangent,
     )
     return gradients[3:6]

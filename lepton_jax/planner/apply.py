@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lepton_jax.compat import at_source, scan_counts
 from lepton_jax.planner.program.graph import BARRIER, Graph, Operation, Region, Value
-from lepton_jax.planner.program.kernels import BATCH, HEADS, KERNELS, heads_dim
+from lepton_jax.planner.program.kernels import BATCH, HEADS, KERNELS, split
 from lepton_jax.planner.program.layout import (
     Contraction,
     Decision,
@@ -283,10 +283,8 @@ class _Interpreter:
         heads = specs[0][HEADS]
         results = []
         for value in op.outputs:
-            spec = [0] * len(value.shape)
-            spec[BATCH] = samples
-            spec[heads_dim(value.shape)] = heads
-            results.append(partition(tuple(spec), self.mesh.axis_names))
+            spec = split(value.shape, samples, heads)
+            results.append(partition(spec, self.mesh.axis_names))
         return jax.shard_map(
             lambda *local: _bind(op.eqn, list(local)),
             mesh=self.mesh,

@@ -65,12 +65,26 @@ def assert_close(left, right, rtol=RTOL):
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(a).max())
 
 
-def compare(kernel, given, causal=True, rtol=RTOL):
+def compare(kernel, given, causal=True, rtol=RTOL, behind=None, segments=None):
     width = given[0].shape[-1]
-    how = attention.How(causal, 1 / math.sqrt(width), kernel)
-    known = with_gradients(partial(plain, causal=causal), *given)
-    found = with_gradients(lambda *x: attention.attend(*x, how), *given)
-    assert_close(known, found, rtol)
+    how = attention.How(causal, 1 / math.sqrt(width), kernel, behind)
+
+    def known(query, key, value):
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            mask=None
+            if segments is None
+            else models.transformer.same_segment(segments),
+            is_causal=causal,
+            local_window_size=None if behind is None else (behind, 0),
+        )
+
+    def found(query, key, value):
+        return attention.attend(query, key, value, how, segments)
+
+    assert_close(with_gradients(known, *given), with_gradients(found, *given), rtol)
 
 
 @settings(max_examples=4, deadline=None)
@@ -86,6 +100,32 @@ def test_blocks_compute_attention_of_odd_shapes(length, group, width, causal):
         compare("blocks", arrays(2, length, 2 * group, 2, width), causal)
 
 
+@pytest.mark.parametrize("behind", (1, 3, 20, 500))
+def test_blocks_see_as_far_as_a_window_reaches(behind, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK_ROWS", 7)
+
+    compare("blocks", arrays(1, 30, 2, 1, 4), behind=behind)
+
+
+@pytest.mark.parametrize("causal", (True, False))
+def test_blocks_keep_segments_apart(causal, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK_ROWS", 7)
+    segments = jnp.sort(jax.random.randint(jax.random.key(1), (2, 30), 0, 4))
+
+    compare("blocks", arrays(2, 30, 4, 2, 4), causal, segments=segments)
+
+
+def test_the_kernel_for_tpus_has_windows_and_segments():
+    segments = jnp.repeat(jnp.arange(3), 50)[None]
+
+    compare(
+        "splash-interpreted",
+        arrays(1, 150, 2, 1, 16),
+        behind=40,
+        segments=segments,
+    )
+
+
 def test_blocks_attend_to_keys_of_another_length():
     compare("blocks", arrays(1, 130, 2, 2, 4, keys=9), causal=False)
 
@@ -93,12 +133,16 @@ def test_blocks_attend_to_keys_of_another_length():
 def test_many_blocks_become_larger_ones():
     how = attention.How(True, 1.0, "blocks")
 
-    assert len(list(attention.blocks(8192, 8192, how))) == attention.MOST_BLOCKS
+    assert len(list(how.blocks(8192, 8192))) == attention.MOST_BLOCKS
 
 
 @pytest.mark.parametrize("length", (128, 150))
 def test_the_kernel_for_tpus_computes_attention(length):
     compare("splash-interpreted", arrays(1, length, 2, 1, 16))
+
+
+def test_a_plan_for_tpus_computes_in_blocks_elsewhere():
+    compare("splash", arrays(1, 20, 2, 1, 8))
 
 
 def test_bfloat16_attention_differs_within_its_rounding():
@@ -112,7 +156,7 @@ def test_bfloat16_attention_differs_within_its_rounding():
 
 def found_in(function, *args):
     program = softmax.opened(jax.make_jaxpr(function)(*args))
-    return [found for found, _ in softmax.find_all(program.jaxpr)]
+    return softmax.find_all(program)
 
 
 def test_attention_is_found_with_its_scale_and_its_mask():
@@ -125,13 +169,43 @@ def test_attention_is_found_with_its_scale_and_its_mask():
         assert found.scale == pytest.approx(1 / math.sqrt(8))
 
 
+def test_windows_and_segments_are_found():
+    query, key, value, _ = arrays(2, 6, 4, 2, 8)
+    segments = jnp.arange(12).reshape(2, 6) // 4
+
+    def packed(q, k, v, segments):
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            mask=models.transformer.same_segment(segments),
+            is_causal=True,
+            local_window_size=(3, 0),
+        )
+
+    def in_a_loop(q, k, v, segments):
+        def layer(x, _):
+            return packed(x, k, v, segments), None
+
+        return jax.lax.scan(layer, q, None, length=2)[0]
+
+    for function in (packed, in_a_loop):
+        [found] = found_in(function, query, key, value, segments)
+        faster = softmax.fused(function, "blocks")
+        given = (query, key, value, segments)
+
+        assert found.how("blocks") == (True, pytest.approx(8**-0.5), "blocks", 3)
+        assert found.segments is not None
+        assert_close([function(*given)], [faster(*given)])
+
+
 def test_what_differs_in_one_operation_is_not_taken_for_attention():
     query, key, value, _ = arrays(1, 6, 2, 2, 8)
     mask = jnp.ones((1, 1, 6, 6), bool)
     attend = jax.nn.dot_product_attention
 
-    def banded(q, k, v):
-        return attend(q, k, v, is_causal=True, local_window_size=2)
+    def ahead(q, k, v):
+        return attend(q, k, v, local_window_size=2)
 
     def masked(q, k, v):
         return attend(q, k, v, mask=mask)
@@ -139,7 +213,7 @@ def test_what_differs_in_one_operation_is_not_taken_for_attention():
     def biased(q, k, v):
         return attend(q, k, v, bias=jnp.zeros((1, 1, 6, 6)))
 
-    for other in (banded, masked, biased):
+    for other in (ahead, masked, biased):
         assert found_in(other, query, key, value) == []
 
 
@@ -177,10 +251,17 @@ def short_attention(monkeypatch):
     monkeypatch.setattr(named, "SMALL", 0)
 
 
-def language(**more):
+class Packed(models.TransformerLM):
+    """A language model of packed documents, each of which begins with token 0."""
+
+    def __call__(self, tokens):
+        return super().__call__(tokens, segments=jnp.cumsum(tokens == 0, axis=1))
+
+
+def language(model=models.TransformerLM, **more):
     arguments = {"vocab": 32, "dim": 32, "layers": 1, "heads": 8, "kv_heads": 4}
     recipe = lepton.Recipe(
-        model=partial(models.TransformerLM, **arguments),
+        model=partial(model, **arguments),
         loss=losses.cross_entropy,
         optimizer=optax.sgd(0.5),
         batch_size=BATCH,
@@ -211,9 +292,9 @@ def trained(trace, plan):
 
 
 @functools.cache
-def plain_losses():
+def plain_losses(model=models.TransformerLM):
     """Return the losses on one device, with the model's own attention."""
-    trace = language()
+    trace = language(model)
     assignment = build.by_hand(trace, (1,), {}, 0)
     return trained(trace, build.fixed(trace, lepton.topology("cpu:1"), assignment))
 
@@ -249,6 +330,14 @@ def test_blocks_on_eight_devices_train_as_plain_attention(
 
     assert plan.attention == "blocks"
     np.testing.assert_allclose(trained(trace, plan), plain_losses(), rtol=RTOL)
+
+
+def test_packed_documents_on_eight_devices_train_as_on_one(short_attention):
+    trace = language(Packed)
+    plan = lepton.plan(trace, lepton.topology("cpu:8"), mesh={"data": 2, "tensor": 4})
+
+    assert plan.attention == "blocks"
+    np.testing.assert_allclose(trained(trace, plan), plain_losses(Packed), rtol=RTOL)
 
 
 def axis_of(what, names):

@@ -7,13 +7,13 @@ import math
 from lepton_jax.hardware import Chip
 from lepton_jax.planner.program.graph import Operation
 from lepton_jax.planner.program.kernels import (
-    ATTENTION,
     HEADS,
     LENGTH,
     WIDTH,
     attention_flops,
     seen_share,
 )
+from lepton_jax.planner.rewrite.attention import ATTENTION
 
 # Share of a chip's rate of products that the kernel of JAX for TPUs reaches.
 # Assumption: MaxText states 60 to 70 % for whole steps on v5p, of which attention is

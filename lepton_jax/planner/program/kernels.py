@@ -5,8 +5,9 @@ Attention is one operation forward and one backward (see `rewrite.attention`):
     fused_attention            query, key, value                    -> out, sums
     fused_attention_gradient   query, key, value, out, sums, d out  -> d query, ...
 
-Arrays are (batch, length, heads, width), sums (batch, heads, length). A device computes
-the samples and the heads that it has, each over its whole length.
+Arrays are (batch, length, heads, width), sums (batch, heads, length); where there are
+segments, (batch, length), they are the last operand. A device computes the samples and
+the heads that it has, each over its whole length.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-ATTENTION = "fused_attention"
-ATTENTION_GRADIENT = "fused_attention_gradient"
+from lepton_jax.planner.rewrite.attention import ATTENTION, ATTENTION_GRADIENT
+
 KERNELS = (ATTENTION, ATTENTION_GRADIENT)
 
 BATCH, LENGTH, HEADS, WIDTH = range(4)
@@ -33,14 +34,15 @@ def join_attention(graph: Any, op: Any) -> None:
     """Join samples and heads of a kernel's arrays; length and width are whole."""
     first = op.inputs[0]
     for number, value in enumerate(op.inputs):
-        dims = (
-            (LENGTH, WIDTH) if len(value.shape) > WIDTH else (length_dim(value.shape),)
-        )
-        op.whole += [(number, dim) for dim in dims]
+        op.whole.append((number, length_dim(value.shape)))
+        if len(value.shape) > WIDTH:
+            op.whole.append((number, WIDTH))
     for value in (*op.inputs, *op.outputs):
         shape = value.shape
         graph.join(value.nodes[BATCH], first.nodes[BATCH])
-        graph.join(value.nodes[heads_dim(shape)], first.nodes[HEADS])
+        heads = heads_dim(shape)
+        if heads is not None:
+            graph.join(value.nodes[heads], first.nodes[HEADS])
         length = length_dim(shape)
         if shape[length] == first.shape[LENGTH]:
             graph.join(value.nodes[length], first.nodes[LENGTH])
@@ -48,14 +50,28 @@ def join_attention(graph: Any, op: Any) -> None:
             graph.join(value.nodes[WIDTH], first.nodes[WIDTH])
 
 
-def heads_dim(shape: Sequence[int]) -> int:
-    """Return the dim of the heads of one of a kernel's arrays."""
-    return HEADS if len(shape) > WIDTH else 1
+def heads_dim(shape: Sequence[int]) -> int | None:
+    """Return the dim of the heads of one of a kernel's arrays; segments have none."""
+    return {4: HEADS, 3: 1}.get(len(shape))
 
 
 def length_dim(shape: Sequence[int]) -> int:
     """Return the dim of the length of one of a kernel's arrays."""
-    return LENGTH if len(shape) > WIDTH else 2
+    return 2 if len(shape) == WIDTH else LENGTH
+
+
+def split(
+    shape: Sequence[int],
+    samples: int,
+    heads: int,
+) -> tuple[int, ...]:
+    """Return the spec of a kernel's array whose samples and heads are split."""
+    spec = [0] * len(shape)
+    spec[BATCH] = samples
+    place = heads_dim(shape)
+    if place is not None:
+        spec[place] = heads
+    return tuple(spec)
 
 
 def attention_flops(op: Any) -> float:
@@ -71,12 +87,8 @@ def attention_flops(op: Any) -> float:
 
 
 def seen_share(queries: int, keys: int, how: Any) -> float:
-    """Return the share of a score's blocks that a kernel computes."""
-    if not how.causal:
-        return 1.0
-    rows = how.rows(queries)
-    seen = sum(
-        min(start + rows, queries) * min(rows, queries - start)
-        for start in range(0, queries, rows)
-    )
+    """Return the share of all scores that a kernel computes."""
+    seen = 0
+    for block in how.blocks(queries, keys):
+        seen += (block.stop - block.start) * (block.last - block.first)
     return min(1.0, seen / (queries * keys))

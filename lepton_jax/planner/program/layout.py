@@ -43,7 +43,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lepton_jax.planner.program.graph import BARRIER, KEEPING, Graph, Operation, Value
-from lepton_jax.planner.program.kernels import BATCH, KERNELS, heads_dim, length_dim
+from lepton_jax.planner.program.kernels import (
+    BATCH,
+    KERNELS,
+    heads_dim,
+    length_dim,
+    split,
+)
 
 # A mask of mesh axes for each dim; mesh axis i is bit 1 << i.
 Spec = tuple[int, ...]
@@ -437,32 +443,31 @@ class Layout:
         for heads, and back (Jacobs et al. 2023, "DeepSpeed Ulysses"). Where there are
         too few heads, they gather what is missing.
         """
-        arrays = [(op.inputs[number], spec) for number, spec in specs.items()]
         samples = heads = length = -1
-        for _, spec in arrays:
+        for spec in specs.values():
             samples &= spec[BATCH]
-            heads &= spec[heads_dim(spec)]
             length &= spec[length_dim(spec)]
+            place = heads_dim(spec)
+            heads &= -1 if place is None else spec[place]
         for value in (*op.inputs, *op.outputs):
-            count = value.shape[heads_dim(value.shape)]  # type: ignore[union-attr]
-            if count % self.counts[heads | length]:
+            assert value is not None
+            place = heads_dim(value.shape)
+            if place is not None and value.shape[place] % self.counts[heads | length]:
                 length = 0
 
         wanted = {}
         moves = []
         for number, spec in specs.items():
-            goal = [0] * len(spec)
-            goal[BATCH] = samples
-            goal[heads_dim(spec)] = heads | length
-            if tuple(goal) == spec:
+            goal = split(spec, samples, heads | length)
+            if goal == spec:
                 continue
-            wanted[number] = tuple(goal)
+            wanted[number] = goal
             value = op.inputs[number]
             assert value is not None
-            if length:
+            if length and heads_dim(spec) is not None:
                 size = self.bytes(value, spec)
                 moves.append(Move("all-to-all", length, size, f"input {number}"))
-            moves += self._gather(number, value, spec, tuple(goal))
+            moves += self._gather(number, value, spec, goal)
         if length:
             sizes = [self.bytes(value, self.spec(value)) for value in op.outputs]
             moves += [Move("all-to-all", length, size, "out") for size in sizes]

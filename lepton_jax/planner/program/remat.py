@@ -43,7 +43,7 @@ from typing import Any
 import jax
 
 from lepton_jax.compat import ClosedJaxpr, Literal, at_source, scan_counts
-from lepton_jax.planner.program.kernels import ATTENTION
+from lepton_jax.planner.rewrite.attention import ATTENTION
 
 
 def _projections(primitive: Any, *avals: Any, **params: Any) -> bool:

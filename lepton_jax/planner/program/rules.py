@@ -14,11 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 
-from lepton_jax.planner.program.kernels import (
-    ATTENTION,
-    ATTENTION_GRADIENT,
-    join_attention,
-)
+from lepton_jax.planner.program.kernels import join_attention
+from lepton_jax.planner.rewrite.attention import ATTENTION, ATTENTION_GRADIENT
 
 # A rule is called with the graph, whose join(a, b) says that two nodes are one, and the
 # operation, whose `whole` and `reduced` it fills. Dims that a rule does not join stay

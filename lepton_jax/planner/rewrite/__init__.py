@@ -16,7 +16,8 @@ every bit (but the sign of a zero); `loops` and `products` add up the same terms
 another order.
 
 TPUs, GPUs and programs for several devices are left alone by these passes. What
-`forms` chooses is for all: a loss whose logits never exist whole (`head`).
+`forms` chooses is for all: a loss whose logits never exist whole (`head`), and
+attention whose scores don't (`softmax`, `attention`, `splash`).
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from typing import Any
 import jax
 
 from lepton_jax.compat import ClosedJaxpr
+from lepton_jax.planner.rewrite import forms as choice
 from lepton_jax.planner.rewrite import kept, loops, pooling, products, slices, units
-from lepton_jax.planner.rewrite.forms import Forms, forms_for, logits_bytes
+from lepton_jax.planner.rewrite.forms import Forms
 from lepton_jax.planner.rewrite.program import equations, flat, run
 from lepton_jax.planner.rewrite.softmax import fused
 
@@ -39,7 +41,6 @@ __all__ = [
     "applies",
     "forms_for",
     "fused",
-    "logits_bytes",
     "only",
     "rewritten",
 ]
@@ -82,6 +83,19 @@ def only(*names: str) -> Iterator[None]:
         yield
     finally:
         _active = before
+
+
+def forms_for(
+    forward: ClosedJaxpr,
+    traced: Callable[[], ClosedJaxpr],
+    platform: str,
+    devices: int,
+    micro_batches: int | None,
+) -> Forms:
+    """Choose the forms of a loss, see `forms.forms_for`; plain ones under `only()`."""
+    if not _active:
+        return Forms()
+    return choice.forms_for(forward, traced, platform, devices, micro_batches)
 
 
 def rewritten(function: Callable) -> Callable:

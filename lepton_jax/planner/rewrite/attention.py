@@ -35,8 +35,14 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from lepton_jax.planner.program.kernels import ATTENTION, ATTENTION_GRADIENT
 from lepton_jax.planner.rewrite import splash
+
+# the two operations
+ATTENTION = "fused_attention"
+ATTENTION_GRADIENT = "fused_attention_gradient"
+
+# operands of the gradient, segments apart
+OPERANDS = 6
 
 # Queries of a block. On one core of an AMD EPYC the 10M model's step takes 0.91 (256
 # tokens) of what XLA's own takes with 2 blocks, and 0.89 with 4; see docs/scale.md.
@@ -47,6 +53,15 @@ MOST_BLOCKS = 32
 HIDDEN = -1e30  # a score that counts for nothing
 
 
+class Block(NamedTuple):
+    """Queries from `start` to `stop`, which see keys from `first` to `last`."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
 class How(NamedTuple):
     """The kind of attention, and the kernel that computes it.
 
@@ -54,21 +69,46 @@ class How(NamedTuple):
       causal: whether a query sees the keys up to its own position only.
       scale: factor of the scores.
       kernel: "blocks", "splash", or "splash-interpreted", which runs on any backend.
+      behind: if causal, how far behind its own position a query sees; None: to the
+        first key.
     """
 
     causal: bool
     scale: float
     kernel: str
+    behind: int | None = None
 
     def rows(self, queries: int) -> int:
-        """Return the queries of a block, of so many."""
+        """Return the queries of a block."""
         if self.kernel != "blocks":
             return splash.block(splash.padded(queries))
         return max(BLOCK_ROWS, -(-queries // MOST_BLOCKS))
 
+    def blocks(self, queries: int, keys: int) -> Iterator[Block]:
+        """Iterate over the blocks of some queries.
+
+        >>> how = How(causal=True, scale=1.0, kernel="blocks", behind=100)
+        >>> [tuple(block) for block in how.blocks(300, 300)]
+        [(0, 128, 0, 128), (128, 256, 28, 256), (256, 300, 156, 300)]
+        """
+        rows = self.rows(queries)
+        for start in range(0, queries, rows):
+            stop = min(start + rows, queries)
+            if not self.causal:
+                yield Block(start, stop, 0, keys)
+                continue
+            first = 0 if self.behind is None else max(0, start - self.behind)
+            yield Block(start, stop, min(first, keys), min(stop, keys))
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, how: How) -> jax.Array:
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    how: How,
+    segments: jax.Array | None = None,
+) -> jax.Array:
     """Return attention, like `jax.nn.dot_product_attention`.
 
     Args:
@@ -76,50 +116,34 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, how: How) -> jax.
       key: (batch, keys, key heads, width); a key head serves a group of query heads.
       value: likewise.
       how: the kind of attention.
+      segments: whole numbers (batch, length): a query sees keys of its own segment
+        only. None: all tokens are of one.
 
     Returns:
       An array of the query's shape and dtype.
     """
-    return attention_p.bind(query, key, value, how=how)[0]
+    more = [] if segments is None else [segments]
+    return attention_p.bind(query, key, value, *more, how=how)[0]
 
 
 # ---- internals: the gradient ----
 
 
-def _forward(query: Any, key: Any, value: Any, how: How) -> Any:
-    out, sums = attention_p.bind(query, key, value, how=how)
-    return out, (query, key, value, out, sums)
+def _forward(query: Any, key: Any, value: Any, how: How, segments: Any = None) -> Any:
+    more = [] if segments is None else [segments]
+    out, sums = attention_p.bind(query, key, value, *more, how=how)
+    return out, ((query, key, value, out, sums), more)
 
 
 def _backward(how: How, kept: Any, cotangent: Any) -> Any:
-    return tuple(gradient_p.bind(*kept, cotangent, how=how))
+    arrays, more = kept
+    return (*gradient_p.bind(*arrays, cotangent, *more, how=how), None)
 
 
 attend.defvjp(_forward, _backward)
 
 
 # ---- internals: blocks ----
-
-
-class _Block(NamedTuple):
-    """Queries `start` to `stop`, and the number of keys that they see."""
-
-    start: int
-    stop: int
-    keys: int
-
-
-def blocks(queries: int, keys: int, how: How) -> Iterator[_Block]:
-    """Iterate over the blocks of some queries.
-
-    >>> how = How(causal=True, scale=1.0, kernel="blocks")
-    >>> [tuple(block) for block in blocks(300, 300, how)]
-    [(0, 128, 128), (128, 256, 256), (256, 300, 300)]
-    """
-    rows = how.rows(queries)
-    for start in range(0, queries, rows):
-        stop = min(start + rows, queries)
-        yield _Block(start, stop, min(stop, keys) if how.causal else keys)
 
 
 def _by_key_head(x: jax.Array, key_heads: int) -> jax.Array:
@@ -146,31 +170,53 @@ def _product(left: jax.Array, right: jax.Array, over: tuple[int, int]) -> jax.Ar
     )
 
 
-def _rows(x: jax.Array, block: _Block) -> jax.Array:
+def _rows(x: jax.Array, block: Block) -> jax.Array:
     """Return a block's queries, group by group: (batch, key heads, rows, ...)."""
     x = x[:, :, :, block.start : block.stop]
     batch, heads, group, rows, *rest = x.shape
     return x.reshape(batch, heads, group * rows, *rest)
 
 
-def _grouped(x: jax.Array, block: _Block) -> jax.Array:
+def _grouped(x: jax.Array, block: Block) -> jax.Array:
     """Undo the reshape of `_rows`."""
     batch, heads, _, *rest = x.shape
     return x.reshape(batch, heads, -1, block.stop - block.start, *rest)
 
 
-def _scores(query: jax.Array, key: jax.Array, block: _Block, how: How) -> jax.Array:
+def _scores(
+    query: jax.Array,
+    key: jax.Array,
+    block: Block,
+    how: How,
+    segments: Any,
+) -> jax.Array:
+    """Return a block's scores, (batch, key heads, rows, keys), low where not seen."""
     scores = how.scale * _product(query, key, (3, 3))
-    if not how.causal:
-        return scores
     rows = block.stop - block.start
     shape = scores.shape[2:]
-    position = lax.broadcasted_iota(jnp.int32, shape, 0) % rows + block.start
-    seen = position >= lax.broadcasted_iota(jnp.int32, shape, 1)
-    return jnp.where(seen, scores, HIDDEN)
+    if how.causal:
+        own = lax.broadcasted_iota(jnp.int32, shape, 0) % rows + block.start
+        position = lax.broadcasted_iota(jnp.int32, shape, 1) + block.first
+        seen = own >= position
+        if how.behind is not None:
+            seen &= own - position <= how.behind
+        scores = jnp.where(seen, scores, HIDDEN)
+    if segments is not None:
+        mine = segments[:, block.start : block.stop]
+        mine = jnp.tile(mine, (1, shape[0] // rows))
+        theirs = segments[:, block.first : block.last]
+        same = mine[:, None, :, None] == theirs[:, None, None, :]
+        scores = jnp.where(same, scores, HIDDEN)
+    return scores
 
 
-def _in_blocks(query: Any, key: Any, value: Any, how: How) -> list[jax.Array]:
+def _in_blocks(
+    query: Any,
+    key: Any,
+    value: Any,
+    segments: Any,
+    how: How,
+) -> list[jax.Array]:
     """Return attention and the logarithms of its sums, (batch, heads, length)."""
     batch, length, heads, _ = query.shape
     key_heads = key.shape[2]
@@ -179,13 +225,15 @@ def _in_blocks(query: Any, key: Any, value: Any, how: How) -> list[jax.Array]:
     values = value.transpose(0, 2, 1, 3)
     outs = []
     sums = []
-    for block in blocks(length, key.shape[1], how):
-        scores = _scores(_rows(grouped, block), keys[:, :, : block.keys], block, how)
+    for block in how.blocks(length, key.shape[1]):
+        seen = slice(block.first, block.last)
+        own = _rows(grouped, block)
+        scores = _scores(own, keys[:, :, seen], block, how, segments)
         highest = scores.max(-1, keepdims=True)
         shares = jnp.exp(scores - highest)
         total = shares.sum(-1, keepdims=True)
         shares = (shares / total).astype(value.dtype)
-        out = _product(shares, values[:, :, : block.keys], (3, 2))
+        out = _product(shares, values[:, :, seen], (3, 2))
         outs.append(_grouped(out.astype(query.dtype), block))
         sums.append(_grouped((highest + jnp.log(total))[..., 0], block))
     out = _by_length(jnp.concatenate(outs, 3))
@@ -199,6 +247,7 @@ def _gradient_in_blocks(
     out: Any,
     sums: Any,
     cotangent: Any,
+    segments: Any,
     how: How,
 ) -> list[jax.Array]:
     """Return the gradients by query, key and value."""
@@ -218,12 +267,12 @@ def _gradient_in_blocks(
     of_query = []
     of_key = jnp.zeros(keys.shape, wide)
     of_value = jnp.zeros(values.shape, wide)
-    for block in blocks(length, key.shape[1], how):
+    for block in how.blocks(length, key.shape[1]):
         own_query, own_cotangent, own_sums, own_inner = (
             _rows(x, block) for x in arrays
         )
-        seen = slice(0, block.keys)
-        scores = _scores(own_query, keys[:, :, seen], block, how)
+        seen = slice(block.first, block.last)
+        scores = _scores(own_query, keys[:, :, seen], block, how, segments)
         shares = jnp.exp(scores - own_sums[..., None])
         slope = _product(own_cotangent, values[:, :, seen], (3, 3))
         slope = how.scale * shares * (slope - own_inner[..., None])
@@ -243,20 +292,25 @@ def _gradient_in_blocks(
 # ---- internals: the two operations ----
 
 
-def _attention(query: Any, key: Any, value: Any, *, how: How) -> list[jax.Array]:
-    if how.kernel == "blocks":
-        return _in_blocks(query, key, value, how)
-    return splash.forward(query, key, value, how)
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    segments: Any = None,
+    *,
+    how: How,
+) -> list[jax.Array]:
+    run: Any = _in_blocks if how.kernel == "blocks" else splash.forward
+    return run(query, key, value, segments, how)
 
 
 def _gradient(*arrays: Any, how: How) -> list[jax.Array]:
-    run: Any = splash.backward
-    if how.kernel == "blocks":
-        run = _gradient_in_blocks
-    return run(*arrays, how)
+    run: Any = _gradient_in_blocks if how.kernel == "blocks" else splash.backward
+    *others, segments = arrays if len(arrays) > OPERANDS else (*arrays, None)
+    return run(*others, segments, how)
 
 
-def _attention_shapes(query: Any, key: Any, value: Any, *, how: How) -> list[Any]:
+def _attention_shapes(query: Any, key: Any, *_: Any, how: How) -> list[Any]:
     batch, length, heads, _ = query.shape
     wide = jnp.promote_types(query.dtype, jnp.float32)
     sums = jax.core.ShapedArray((batch, heads, length), wide)
@@ -268,12 +322,28 @@ def _gradient_shapes(query: Any, key: Any, value: Any, *_: Any, how: How) -> lis
 
 
 def _operation(name: str, run: Callable, shapes: Callable) -> Primitive:
-    """Return an operation that is compiled as a function says, on any backend."""
+    """Return an operation that is compiled as a function says.
+
+    The kernel for TPUs runs there alone: a plan that has it, replayed elsewhere,
+    computes in blocks.
+    """
+
+    def run_anywhere(*arrays: Any, how: How) -> Any:
+        if how.kernel == "splash":
+            how = how._replace(kernel="blocks")
+        return run(*arrays, how=how)
+
+    def run_now(*arrays: Any, how: How) -> Any:
+        return jax.jit(partial(primitive.bind, how=how))(*arrays)
+
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_abstract_eval(shapes)
-    primitive.def_impl(jax.jit(run, static_argnames="how"))
-    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
+    primitive.def_impl(run_now)
+    anywhere = mlir.lower_fun(run_anywhere, multiple_results=True)
+    on_tpu = mlir.lower_fun(run, multiple_results=True)
+    mlir.register_lowering(primitive, anywhere)
+    mlir.register_lowering(primitive, on_tpu, platform="tpu")
     return primitive
 
 

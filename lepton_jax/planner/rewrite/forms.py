@@ -124,7 +124,7 @@ def _kernel(forward: ClosedJaxpr, platform: str, devices: int) -> str:
     if not _has_scores(forward.jaxpr, least):
         return ""
     kernel = "splash" if platform == "tpu" else "blocks"
-    found = [found for found, _ in softmax.find_all(opened(forward).jaxpr)]
+    found = softmax.find_all(opened(forward))
     largest = 0.0
     for attention in found:
         batch, length, heads, _ = attention.query.aval.shape

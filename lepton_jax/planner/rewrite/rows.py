@@ -27,15 +27,33 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lepton_jax.planner.program.rules import ELEMENTWISE
 from lepton_jax.planner.rewrite.program import bind
+from lepton_jax.planner.rewrite.units import ELEMENTWISE
 
-# Among the rules' elementwise operations these are no functions of elements alone.
-NOT_BY_ELEMENT = {
-    "optimization_barrier",
-    "device_put",
-    "sharding_constraint",
-    "reshard",
+# Functions of elements in addition to those that `units` knows.
+MORE_ELEMENTWISE = {
+    "asinh",
+    "atan",
+    "cbrt",
+    "ceil",
+    "clamp",
+    "copy",
+    "cos",
+    "cosh",
+    "digamma",
+    "erf_inv",
+    "erfc",
+    "floor",
+    "lgamma",
+    "name",
+    "nextafter",
+    "reduce_precision",
+    "rem",
+    "round",
+    "sin",
+    "sinh",
+    "tan",
+    "xor",
 }
 REDUCTIONS = {
     "argmax",
@@ -274,7 +292,7 @@ def _slice_sizes(eqn: Any, operand: Any) -> tuple[int, ...]:
 
 
 _RULES: dict[str, Callable[[Any, Rows], Needs]] = {
-    **dict.fromkeys(set(ELEMENTWISE) - NOT_BY_ELEMENT, _by_element),
+    **dict.fromkeys(ELEMENTWISE | MORE_ELEMENTWISE, _by_element),
     **dict.fromkeys(REDUCTIONS, _reduction),
     "broadcast_in_dim": _broadcast,
     "dot_general": _dot,

@@ -17,13 +17,13 @@ another version of JAX brings its own form.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal
+from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal, scan_counts
 from lepton_jax.planner.rewrite import splash
 from lepton_jax.planner.rewrite.attention import How, attend
 from lepton_jax.planner.rewrite.program import (
@@ -37,8 +37,10 @@ from lepton_jax.planner.rewrite.program import (
     run,
 )
 
-# A scale that nobody uses: where the pattern has it, the program has its own.
+# Numbers that nobody uses: where the pattern has one, the program has its own.
 ANY_SCALE = 0.12345679
+ANY_BEHIND = 1_000_000_007
+ANY_AHEAD = 1_000_000_009
 
 # Options that say where a result lies: a program that is traced for a mesh has others.
 PLACES = ("sharding", "out_sharding")
@@ -47,21 +49,56 @@ PLACES = ("sharding", "out_sharding")
 MOVES = ("reshape", "transpose")
 
 
+class Kind(NamedTuple):
+    """A kind of attention that is looked for.
+
+    Attributes:
+      causal: as in `attention.How`.
+      windowed: whether a query sees keys up to some distance.
+      segmented: whether it sees those of its own segment.
+    """
+
+    causal: bool
+    windowed: bool
+    segmented: bool
+
+
+KINDS = (
+    Kind(True, False, False),
+    Kind(False, False, False),
+    Kind(True, False, True),
+    Kind(False, False, True),
+    Kind(True, True, False),
+    Kind(True, True, True),
+)
+
+
 class Found(NamedTuple):
     """Attention in a program.
 
     Attributes:
       result: the variable that holds it.
       query, key, value: variables.
-      causal, scale: as in `attention.How`.
+      segments: a variable, or None.
+      causal, scale, behind: as in `attention.How`.
     """
 
     result: Any
     query: Any
     key: Any
     value: Any
+    segments: Any
     causal: bool
     scale: float
+    behind: int | None
+
+    def how(self, kernel: str) -> How:
+        """Return how a kernel computes it."""
+        return How(self.causal, self.scale, kernel, self.behind)
+
+
+# Variables whose arrays are known while a program is traced.
+Known = Mapping[Any, Any]
 
 
 def fused(function: Callable, kernel: str) -> Callable:
@@ -76,49 +113,67 @@ def fused(function: Callable, kernel: str) -> Callable:
 
     def faster(*args: Any) -> Any:
         program, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-        program = _replaced(opened(program), kernel)
+        program = opened(program)
+        known = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
+        program = _replaced(program, kernel, known)
         results = run(program, jax.tree.leaves(args))
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return faster
 
 
-def find(jaxpr: Jaxpr) -> Iterator[Found]:
+def find(jaxpr: Jaxpr, known: Known | None = None) -> Iterator[Found]:
     """Iterate over the attention in a program, its calls opened, loops left out."""
     uses = Uses(jaxpr)
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "reshape":
-            found = _attention(eqn.outvars[0], uses)
+            found = _attention(eqn.outvars[0], uses, known or {})
             if found is not None:
                 yield found
 
 
-def find_all(jaxpr: Jaxpr, times: int = 1) -> Iterator[tuple[Found, int]]:
-    """Iterate over the attention in a program and its loops, with how often it runs."""
-    for found in find(jaxpr):
-        yield found, times
-    eqn: Any
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "scan":
-            body = eqn.params["jaxpr"].jaxpr
-            yield from find_all(body, times * eqn.params["length"])
+def find_all(program: ClosedJaxpr) -> list[Found]:
+    """Return the attention in a program and its loops, its calls opened."""
+    known = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
+    return list(_find_all(program.jaxpr, known))
 
 
 # ---- internals ----
 
 
-def _replaced(program: ClosedJaxpr, kernel: str) -> ClosedJaxpr:
-    known = {found.result: found for found in find(program.jaxpr)}
+def _find_all(jaxpr: Jaxpr, known: Known) -> Iterator[Found]:
+    yield from find(jaxpr, known)
+    eqn: Any
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan":
+            yield from _find_all(eqn.params["jaxpr"].jaxpr, _known_inside(eqn, known))
+
+
+def _known_inside(eqn: Any, known: Known) -> dict[Any, Any]:
+    """Return the variables of a loop's body whose arrays are known."""
+    consts, _ = scan_counts(eqn)
+    body = eqn.params["jaxpr"]
+    inside = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
+    for outer, inner in zip(eqn.invars[:consts], body.jaxpr.invars, strict=False):
+        if not isinstance(outer, Literal) and outer in known:
+            inside[inner] = known[outer]
+    return inside
+
+
+def _replaced(program: ClosedJaxpr, kernel: str, known: Known) -> ClosedJaxpr:
+    found_at = {found.result: found for found in find(program.jaxpr, known)}
 
     def rule(eqn: Any, env: Env) -> list[Any] | None:
         if eqn.primitive.name == "scan":
-            body = _replaced(eqn.params["jaxpr"], kernel)
+            inside = _known_inside(eqn, known)
+            body = _replaced(eqn.params["jaxpr"], kernel, inside)
             return bind(eqn, operands_of(eqn, env), jaxpr=body)
-        found = known.get(eqn.outvars[0]) if eqn.outvars else None
+        found = found_at.get(eqn.outvars[0]) if eqn.outvars else None
         if found is None or not _takes(kernel, found):
             return None
         arrays = [read(env, v) for v in (found.query, found.key, found.value)]
-        return [attend(*arrays, How(found.causal, found.scale, kernel))]
+        segments = None if found.segments is None else read(env, found.segments)
+        return [attend(*arrays, found.how(kernel), segments)]
 
     return retraced(program, rule)
 
@@ -131,7 +186,7 @@ def _takes(kernel: str, found: Found) -> bool:
     return splash.takes(*lengths, found.causal)
 
 
-def _attention(result: Any, uses: Uses) -> Found | None:
+def _attention(result: Any, uses: Uses, known: Known) -> Found | None:
     """Return the attention that a variable holds; None: it holds something else."""
     product = uses.maker.get(result)
     while product is not None and product.primitive.name in MOVES:
@@ -142,14 +197,13 @@ def _attention(result: Any, uses: Uses) -> Found | None:
         shape = value.aval.shape
         if len(shape) != 4 or value.aval.dtype != result.aval.dtype:
             continue
-        for causal in (True, False):
-            pattern = _pattern(result.aval.shape, shape, str(value.aval.dtype), causal)
+        for kind in KINDS:
+            pattern = _pattern(result.aval.shape, shape, str(value.aval.dtype), kind)
             if pattern is None:
                 continue
-            match = _Match(pattern, uses)
-            if match.holds(result):
-                query, key, _ = (match.bound[v] for v in pattern.jaxpr.invars)
-                return Found(result, query, key, value, causal, match.scale)
+            match = _Match(pattern, uses, known)
+            if match.holds(result) and match.ahead >= 0:
+                return match.found(result, kind)
     return None
 
 
@@ -158,23 +212,32 @@ def _pattern(
     query: tuple[int, ...],
     key: tuple[int, ...],
     dtype: str,
-    causal: bool,
+    kind: Kind,
 ) -> ClosedJaxpr | None:
     """Return the program of attention; None: there is none of these shapes."""
-    batch, _, heads, width = query
+    batch, length, heads, width = query
     if (batch, width) != (key[0], key[3]) or heads % key[2]:
         return None
+    if length != key[1] and (kind.windowed or kind.segmented):
+        return None
 
-    def attends(query: Any, key: Any, value: Any) -> Any:
+    def attends(query: Any, key: Any, value: Any, *segments: Any) -> Any:
+        mask = None
+        for own in segments:
+            mask = own[:, None, :, None] == own[:, None, None, :]
         return jax.nn.dot_product_attention(
             query,
             key,
             value,
-            is_causal=causal,
+            mask=mask,
+            is_causal=kind.causal,
             scale=ANY_SCALE,
+            local_window_size=(ANY_BEHIND, ANY_AHEAD) if kind.windowed else None,
         )
 
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in (query, key, key)]
+    if kind.segmented:
+        arrays.append(jax.ShapeDtypeStruct((batch, length), "int32"))
     return opened(jax.make_jaxpr(attends)(*arrays))
 
 
@@ -183,50 +246,84 @@ class _Match:
 
     Attributes:
       bound: variable of the pattern to that of the program.
-      scale: the program's own.
+      scale, behind, ahead: the program's own numbers.
     """
 
-    def __init__(self, pattern: ClosedJaxpr, uses: Uses):
+    def __init__(self, pattern: ClosedJaxpr, uses: Uses, known: Known):
         self.pattern = pattern
         self.uses = uses
+        self.known = known
         self.makers = Uses(pattern.jaxpr).maker
         self.inputs = set(pattern.jaxpr.invars)
+        pairs = zip(pattern.jaxpr.constvars, pattern.consts, strict=True)
+        self.consts = dict(pairs)
         self.bound: dict[Any, Any] = {}
         self.scale = 1.0
+        self.behind: int | None = None
+        self.ahead = 0
 
     def holds(self, result: Any) -> bool:
         """Whether a variable of the program holds what the pattern computes."""
         pending = [(self.pattern.jaxpr.outvars[0], result)]
         while pending:
             mine, theirs = pending.pop()
-            if isinstance(mine, Literal):
-                if not self._is_number(mine, theirs):
-                    return False
-                continue
-            if mine in self.bound:
+            if not isinstance(mine, Literal) and mine in self.bound:
                 if self.bound[mine] is not theirs:
                     return False
                 continue
-            if isinstance(theirs, Literal) or mine.aval.shape != theirs.aval.shape:
+            operands = self._operands(mine, theirs)
+            if operands is None:
                 return False
-            self.bound[mine] = theirs
-            if mine in self.inputs:
-                if mine.aval.dtype != theirs.aval.dtype:
-                    return False
-                continue
-            eqn = self.makers.get(mine)
-            other = self.uses.maker.get(theirs)
-            if eqn is None or other is None or not _alike(eqn, other):
-                return False
-            pending += zip(eqn.invars, other.invars, strict=True)
+            pending += operands
         return True
+
+    def found(self, result: Any, kind: Kind) -> Found:
+        """Return what was found."""
+        arrays = [self.bound[v] for v in self.pattern.jaxpr.invars]
+        query, key, value, *segments = arrays
+        return Found(
+            result,
+            query,
+            key,
+            value,
+            segments[0] if segments else None,
+            kind.causal,
+            self.scale,
+            self.behind,
+        )
+
+    def _operands(self, mine: Any, theirs: Any) -> list[tuple[Any, Any]] | None:
+        """Return the pairs that must be alike if these two are; None: they are not."""
+        if isinstance(mine, Literal):
+            return [] if self._is_number(mine, theirs) else None
+        if isinstance(theirs, Literal) or mine.aval.shape != theirs.aval.shape:
+            return None
+        self.bound[mine] = theirs
+        if mine in self.inputs:
+            return [] if mine.aval.dtype == theirs.aval.dtype else None
+        if mine in self.consts:
+            known = self.known.get(theirs)
+            is_known = known is not None and np.array_equal(self.consts[mine], known)
+            return [] if is_known else None
+        eqn = self.makers.get(mine)
+        other = self.uses.maker.get(theirs)
+        if eqn is None or other is None or not _alike(eqn, other):
+            return None
+        return list(zip(eqn.invars, other.invars, strict=True))
 
     def _is_number(self, mine: Any, theirs: Any) -> bool:
         if not isinstance(theirs, Literal):
             return False
-        if np.ndim(mine.val) == 0 and np.isclose(float(mine.val), ANY_SCALE, 1e-6, 0):
-            self.scale = float(theirs.val)
-            return True
+        if np.ndim(mine.val) == 0:
+            if np.isclose(float(mine.val), ANY_SCALE, 1e-6, 0):
+                self.scale = float(theirs.val)
+                return True
+            if mine.val == ANY_BEHIND:
+                self.behind = int(theirs.val)
+                return True
+            if mine.val == ANY_AHEAD:
+                self.ahead = int(theirs.val)
+                return True
         return bool(np.array_equal(mine.val, theirs.val))
 
 

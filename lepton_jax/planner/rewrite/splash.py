@@ -40,13 +40,19 @@ def block(length: int) -> int:
     return next(size for size in BLOCKS if length % size == 0)
 
 
-def forward(query: Any, key: Any, value: Any, how: Any) -> list[jax.Array]:
+def forward(
+    query: Any,
+    key: Any,
+    value: Any,
+    segments: Any,
+    how: Any,
+) -> list[jax.Array]:
     """Return attention and the logarithms of its sums, (batch, heads, length)."""
     length = query.shape[1]
     kernel = _kernel(query.shape, key.shape, how, True)
     arrays = [_heads_first(x) for x in (how.scale * query, key, value)]
     arrays[0] = arrays[0].astype(query.dtype)
-    out, (sums,) = jax.vmap(kernel)(*arrays)
+    out, (sums,) = jax.vmap(kernel)(*arrays, _segment_ids(segments))
     return [_length_first(out, length), sums[..., :length].astype(jnp.float32)]
 
 
@@ -57,6 +63,7 @@ def backward(
     out: Any,
     sums: Any,
     cotangent: Any,
+    segments: Any,
     how: Any,
 ) -> list[jax.Array]:
     """Return the gradients by query, key and value."""
@@ -66,7 +73,7 @@ def backward(
     missing = arrays[0].shape[2] - sums.shape[2]
     sums = jnp.pad(sums, ((0, 0), (0, 0), (0, missing)))
     run: Any = functools.partial(splash_gradient, kernel)
-    gradients = jax.vmap(run)(*arrays, sums)
+    gradients = jax.vmap(run)(*arrays, sums, _segment_ids(segments))
     of_query, of_key, of_value = (
         _length_first(x, like.shape[1])
         for x, like in zip(gradients, (query, key, value), strict=True)
@@ -89,6 +96,17 @@ def _heads_first(x: jax.Array) -> jax.Array:
     return x.transpose(0, 2, 1, 3)
 
 
+def _segment_ids(segments: Any) -> Any:
+    """Return segments as the kernel takes them; None: there are none."""
+    if segments is None:
+        return None
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+    missing = padded(segments.shape[1]) - segments.shape[1]
+    segments = jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, missing)))
+    return SegmentIds(segments, segments)
+
+
 def _length_first(x: jax.Array, length: int) -> jax.Array:
     return x.transpose(0, 2, 1, 3)[:, :length]
 
@@ -106,7 +124,11 @@ def _kernel(queries: Any, keys: Any, how: Any, residuals: bool) -> Any:
     rows = padded(queries[1])
     columns = padded(keys[1])
     shape = (rows, columns)
-    mask = masks.CausalMask(shape) if how.causal else masks.FullMask(shape)
+    mask: Any = masks.FullMask(shape)
+    if how.causal:
+        mask = masks.CausalMask(shape)
+        if how.behind is not None:
+            mask = masks.LocalMask(shape, (how.behind, 0), 0)
     own = block(rows)
     others = block(columns)
     sizes = kernels.BlockSizes(
