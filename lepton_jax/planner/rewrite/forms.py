@@ -131,6 +131,8 @@ def _kernel(forward: ClosedJaxpr, platform: str, devices: int) -> str:
         keys = attention.key.aval.shape[1]
         if kernel == "splash" and not splash.takes(length, keys, attention.causal):
             return ""
+        if platform == "cpu" and not attention.causal:
+            return ""  # no block is skipped, and scores would be computed twice
         largest = max(largest, batch * heads * length * keys * FLOAT32 / devices)
     if not found or (platform == "gpu" and largest <= MOST_SCORES):
         return ""
