@@ -747,6 +747,7 @@ class Trainer:
           read: shapes of all parameters by path, e.g. "blocks/0/norm/scale", each with
             dtype and sharding, to these parameters. Of an array only the parts that
             lie on this host's devices are needed (`jax.make_array_from_callback`).
+            Those that it leaves out begin as the recipe's seed says.
           shapes: inputs and targets of a batch, where the recipe has no data.
 
         Returns:

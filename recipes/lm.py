@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import sysconfig
 from functools import partial
@@ -274,7 +275,8 @@ class Tokens(NamedTuple):
       tokens: int32.
       kinds: how many different ones there can be.
       where: the text, for messages.
-      serving: the way from raw rows to tokens; None for the embedded text.
+      serving: the way from raw rows to tokens; None with a tokenizer, and without the
+        library that prepares.
     """
 
     tokens: np.ndarray
@@ -297,22 +299,33 @@ def _tokens(
         where = str(text)
     if tokenizer is not None:
         return Tokens(*_pieces(content, tokenizer), where)
-    if text is None:
+    if text is not None:
+        return _prepared(_reader(text), where, out)
+    if importlib.util.find_spec("polars") is None:
+        # The embedded text needs no library. What is generated is then tokens.
         return Tokens(*_characters(content), where)
-    return _prepared(text, out)
+    import polars
+
+    return _prepared(polars.DataFrame({"text": [content]}), where, out)
 
 
 def _prepared(
-    text: Path,
+    source: Any,
+    where: str,
     out: Path | None,
 ) -> Tokens:
-    """Prepare a person's own text, character by character."""
-    # only here: the embedded text needs no library that reads files
+    """Prepare a text character by character.
+
+    Args:
+      source: a reader of it, or a table with it.
+      where: the text, for messages.
+      out: folder for the prepared text; None: one that is removed at the end.
+    """
     from lepton_jax.data import prepare
     from recipes import _tables
 
     preparation = prepare.Preparation(
-        {"text": _reader(text)},
+        {"text": source},
         [prepare.CharacterTokens("text")],
         inputs=["text"],
     )
@@ -325,7 +338,7 @@ def _prepared(
     rows = serving.prepared.table("train")["text"]
     tokens = rows.explode().drop_nulls().to_numpy()
     kinds = serving.prepared.steps[0].state.height
-    return Tokens(tokens, kinds, str(text), serving)
+    return Tokens(tokens, kinds, where, serving)
 
 
 def _reader(text: Path) -> Any:

@@ -44,12 +44,20 @@ class LoRALinear(nnx.Linear):
     lora_b: nnx.Param
     lora_scale: float
 
-    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    def __call__(
+        self,
+        inputs: jax.Array,
+        *args: Any,
+        **kwargs: Any,
+    ) -> jax.Array:
         """Map (..., in) to (..., out)."""
         y = super().__call__(inputs, *args, **kwargs)
         return y + self.delta(inputs).astype(y.dtype)
 
-    def delta(self, x: jax.Array) -> jax.Array:
+    def delta(
+        self,
+        x: jax.Array,
+    ) -> jax.Array:
         """Return what the adapter adds."""
         return (x @ self.lora_a[...]) @ self.lora_b[...] * self.lora_scale
 
@@ -67,7 +75,12 @@ class DoRALinear(LoRALinear):
 
     lora_gain: nnx.Param
 
-    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    def __call__(
+        self,
+        inputs: jax.Array,
+        *args: Any,
+        **kwargs: Any,
+    ) -> jax.Array:
         """Map (..., in) to (..., out)."""
         x, kernel = self.promote_dtype((inputs, self.kernel[...]), dtype=self.dtype)
         y = self.dot_general(
@@ -251,7 +264,10 @@ def _factory(
     )
 
 
-def _made(model: Any, rngs: nnx.Rngs) -> nnx.Module:
+def _made(
+    model: Any,
+    rngs: nnx.Rngs,
+) -> nnx.Module:
     """Return the module of a factory, or a copy of a module."""
     if isinstance(model, nnx.Module):
         return nnx.clone(model)
@@ -317,7 +333,10 @@ def _adapt(
         linear.lora_gain = nnx.Param(jnp.ones((*stack, fan_out), kernel.dtype))
 
 
-def _is_target(path: str, pattern: str) -> bool:
+def _is_target(
+    path: str,
+    pattern: str,
+) -> bool:
     return matches(path, pattern) or matches(path, f"**/{pattern}")
 
 

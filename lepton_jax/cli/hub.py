@@ -75,6 +75,9 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         "--tied", choices=TIED, help="whether the token embedding is the head"
     )
     parser.add_argument(
+        "--devices", type=int, metavar="N", help="to plan it for (default: all)"
+    )
+    parser.add_argument(
         "--ignore", action="append", default=[], metavar="KEY", help="to pass over"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -111,6 +114,7 @@ def _import(options: argparse.Namespace) -> dict[str, Any]:
             loss=losses.cross_entropy,
             optimizer=optax.identity(),
             batch_size=1,
+            devices=options.devices,
             name=folder.path.name,
         )
         folder.load_into(trainer).save(options.out)

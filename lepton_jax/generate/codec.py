@@ -23,7 +23,10 @@ class Characters:
         self.alphabet = alphabet
         self._numbers = {character: i for i, character in enumerate(alphabet)}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(
+        self,
+        text: str,
+    ) -> list[int]:
         """Return the numbers of a text's characters.
 
         Raises:
@@ -38,7 +41,10 @@ class Characters:
             )
         return [self._numbers[c] for c in text]
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(
+        self,
+        tokens: Sequence[int],
+    ) -> str:
         """Return the text of some tokens."""
         return "".join(self.alphabet[token] for token in tokens)
 
@@ -58,12 +64,18 @@ class Codec:
 
     tokenizer: Any
 
-    def encode(self, text: str) -> list[int]:
+    def encode(
+        self,
+        text: str,
+    ) -> list[int]:
         """Return the tokens of a text."""
         encoded = self.tokenizer.encode(text)
         return [int(token) for token in getattr(encoded, "ids", encoded)]
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(
+        self,
+        tokens: Sequence[int],
+    ) -> str:
         """Return the text of some tokens."""
         return self.tokenizer.decode([int(token) for token in tokens])
 

@@ -51,18 +51,20 @@ class Draws(NamedTuple):
     """What the draws of a batch depend on, next to the logits.
 
     Attributes:
-      keys: a random key for each row.
+      seeds: of the random numbers of each row, uint32 (rows,).
       knobs: see `Sampling.knobs`.
       ends: tokens after which a row is done, int32 (any,).
     """
 
-    keys: jax.Array
+    seeds: np.ndarray
     knobs: dict[str, Any]
     ends: np.ndarray
 
 
 class Engine:
-    """The two compiled functions of a model.
+    """The compiled functions of a model.
+
+    `begin` and `decode` go in pieces; `whole` goes to the end in one call.
 
     Args:
       source: the model.
@@ -93,8 +95,16 @@ class Engine:
             **options,
         )
         self.decode = source.jit(self._decode, donate_argnums=1, **options)
+        self.whole = source.jit(
+            self._whole,
+            static_argnames=("slots", "room"),
+            **options,
+        )
 
-    def head(self, weights: Any) -> int:
+    def head(
+        self,
+        weights: Any,
+    ) -> int:
         """Return how many tokens the model has logits for.
 
         Raises:
@@ -156,6 +166,21 @@ class Engine:
             jnp.zeros(rows, bool),
         )
 
+    def _whole(
+        self,
+        weights: Any,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        draws: Draws,
+        until: jax.Array,
+        *,
+        slots: int,
+        room: int,
+    ) -> Carry:
+        """Do as `_begin` and `_decode` in one call, and return no memory."""
+        carry = self._begin(weights, tokens, lengths, slots=slots, room=room)
+        return self._decode(weights, carry, draws, until)._replace(memory=None)
+
     def _decode(
         self,
         weights: Any,
@@ -186,9 +211,9 @@ class Engine:
             is_token = jnp.arange(logits.shape[-1]) < self.vocab
             logits = jnp.where(is_token, logits, -jnp.inf)
 
-        keys = draws.keys
+        keys = None
         if not self.sampling.is_greedy:
-            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, carry.step)
+            keys = jax.vmap(partial(_key, step=carry.step))(draws.seeds)
         token = draw(keys, logits, self.sampling, draws.knobs)
         tokens = jax.lax.dynamic_update_slice_in_dim(
             carry.tokens, token[:, None], carry.step, axis=1
@@ -203,6 +228,13 @@ class Engine:
             carry.ended | is_end,
             carry.is_nan | (is_nan & ~carry.ended),
         )
+
+
+def _key(
+    seed: Any,
+    step: jax.Array,
+) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), step)
 
 
 class Cached:

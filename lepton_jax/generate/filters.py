@@ -85,7 +85,7 @@ class Sampling:
 
 
 def draw(
-    keys: jax.Array,
+    keys: Any,
     logits: jax.Array,
     sampling: Sampling,
     knobs: dict[str, Any],
@@ -93,7 +93,7 @@ def draw(
     """Return a token for each row, int32 (rows,).
 
     Args:
-      keys: a random key for each row.
+      keys: a random key for each row; None will do for greedy.
       logits: float32 (rows, vocab); -inf for what must not be drawn.
       sampling: which filters are at work.
       knobs: from `sampling.knobs`; their values may be traced.
@@ -141,7 +141,11 @@ def candidates(
 # ---- internals ----
 
 
-def _out_of_range(name: str, value: Any, range_: str) -> SettingError:
+def _out_of_range(
+    name: str,
+    value: Any,
+    range_: str,
+) -> SettingError:
     return SettingError(
         f"{name} is {value!r}; it must be {range_}",
         where=WHERE,

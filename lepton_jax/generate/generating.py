@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from lepton_jax.errors import DataError, ModelError, SettingError
 from lepton_jax.generate.codec import Codec, codec_of
-from lepton_jax.generate.engine import Carry, Draws, Engine
+from lepton_jax.generate.engine import Draws, Engine
 from lepton_jax.generate.filters import WHERE, Sampling
 from lepton_jax.generate.source import Source, source_of
 from lepton_jax.generate.text import RowText, is_whole, prompt_row
@@ -26,6 +26,7 @@ CHUNK = 16
 LEAST_WIDTH = 16
 MOST_WIDTH = 1024
 SLOTS = 32
+MOST_SLOTS = 2**31 - 1  # of a cache whose model has no learned positions: int32
 ENGINES = 32  # compiled pairs of programs that are kept; assumption
 
 Rows = Sequence[Sequence[int]]
@@ -159,6 +160,14 @@ def generate(
 # ---- internals ----
 
 
+class _Filled(NamedTuple):
+    """Prompts as a compiled program takes them."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    sizes: dict[str, int]
+
+
 @dataclass(frozen=True)
 class _Job:
     """One call of `generate`, whose arguments are checked."""
@@ -173,12 +182,17 @@ class _Job:
     vocab: int | None
     chunk: int
 
-    def pieces(self, model: Any, cached: bool | None) -> Iterator[Piece]:
+    def pieces(
+        self,
+        model: Any,
+        cached: bool | None,
+    ) -> Iterator[Piece]:
         """Check the model, and return an iterator that generates."""
         source, weights = source_of(model)
         engine = _engine_of(source, self._kept(), self.vocab, _mode(source, cached))
         head = engine.head(weights)
         _check_vocab(self.vocab, head)
+        _check_length(self.rows, self.tokens, source.longest)
         _check_tokens(self.rows, self.vocab or head)
         if not self.rows:
             return iter(())
@@ -199,15 +213,25 @@ class _Job:
             0.5 if "min_p" in knobs else None,
         )
 
-    def _generated(self, engine: Engine, weights: Any) -> Iterator[Piece]:
+    def _generated(
+        self,
+        engine: Engine,
+        weights: Any,
+    ) -> Iterator[Piece]:
         texts = [RowText(self.codec, row, self.stop) for row in self.rows]
         open_rows = set(range(len(self.rows)))
-        carry = self._begun(engine, weights)
-        draws = self._draws(len(carry.token))
+        filled = self._filled(engine.source)
+        draws = self._draws(len(filled.lengths))
+        carry = None
         made = 0
         while open_rows:
             until = min(made + self.chunk, self.tokens)
-            carry = engine.decode(weights, carry, draws, np.int32(until))
+            if carry is None and until == self.tokens:
+                last = np.int32(until)
+                carry = engine.whole(weights, *filled[:2], draws, last, **filled.sizes)
+            else:
+                carry = carry or engine.begin(weights, *filled[:2], **filled.sizes)
+                carry = engine.decode(weights, carry, draws, np.int32(until))
             drawn, counts, ended, is_nan = jax.device_get(
                 (carry.tokens, carry.counts, carry.ended, carry.is_nan)
             )
@@ -221,33 +245,30 @@ class _Job:
                 yield piece
             made = until
 
-    def _begun(self, engine: Engine, weights: Any) -> Carry:
-        """Run the prefill."""
+    def _filled(self, source: Source) -> _Filled:
+        """Return the prompts, filled up to a size that programs are compiled for."""
         lengths = [len(row) for row in self.rows]
-        width = _width(max(lengths) - 1) + 1
+        longest = source.longest or MOST_SLOTS
+        width = min(_width(max(lengths) - 1) + 1, longest)
         needed = max(width, max(lengths) + self.tokens)
-        slots = -(-needed // SLOTS) * SLOTS
-        multiple = engine.source.rows
-        count = -(-len(self.rows) // multiple) * multiple
+        slots = min(-(-needed // SLOTS) * SLOTS, longest)
+        count = -(-len(self.rows) // source.rows) * source.rows
 
         tokens = np.zeros((count, width), np.int32)
         for number, row in enumerate(self.rows):
             tokens[number, : len(row)] = row
         filled = np.ones(count, np.int32)
         filled[: len(lengths)] = lengths
-        return engine.begin(
-            weights,
-            tokens,
-            filled,
-            slots=slots,
-            room=-(-self.tokens // SLOTS) * SLOTS,
-        )
+        room = -(-self.tokens // SLOTS) * SLOTS
+        return _Filled(tokens, filled, {"slots": slots, "room": room})
 
-    def _draws(self, count: int) -> Draws:
+    def _draws(
+        self,
+        count: int,
+    ) -> Draws:
         seeds = np.zeros(count, np.uint32)
         seeds[: len(self.seeds)] = self.seeds
-        keys = jax.vmap(jax.random.key)(seeds)
-        return Draws(keys, self.sampling.knobs(), np.asarray(self.ends, np.int32))
+        return Draws(seeds, self.sampling.knobs(), np.asarray(self.ends, np.int32))
 
 
 @lru_cache(maxsize=ENGINES)
@@ -278,7 +299,11 @@ def _piece(
     return Piece(row, new[: text.count - before], shown, reason)
 
 
-def _joined(pieces: Iterator[Piece], count: int, has_text: bool) -> list[Generated]:
+def _joined(
+    pieces: Iterator[Piece],
+    count: int,
+    has_text: bool,
+) -> list[Generated]:
     """Join the pieces of each row."""
     rows: list[list[Piece]] = [[] for _ in range(count)]
     for piece in pieces:
@@ -307,7 +332,10 @@ def _width(tokens: int) -> int:
 # ---- checks of the arguments ----
 
 
-def _rows(prompts: Any, codec: Codec | None) -> tuple[bool, Rows]:
+def _rows(
+    prompts: Any,
+    codec: Codec | None,
+) -> tuple[bool, Rows]:
     """Return whether there is one prompt, and the tokens of each."""
     is_one = isinstance(prompts, str) or _are_numbers(prompts)
     rows = [prompts] if is_one else list(prompts)
@@ -324,7 +352,10 @@ def _all_whole(prompt: Any) -> bool:
     return len(prompt) > 0 and all(is_whole(token) for token in prompt)
 
 
-def _check_vocab(vocab: int | None, head: int) -> None:
+def _check_vocab(
+    vocab: int | None,
+    head: int,
+) -> None:
     if vocab is not None and not 1 <= vocab <= head:
         raise SettingError(
             f"the vocabulary has {vocab} tokens, but the model logits for {head}",
@@ -333,7 +364,25 @@ def _check_vocab(vocab: int | None, head: int) -> None:
         )
 
 
-def _check_tokens(rows: Rows, vocab: int) -> None:
+def _check_length(
+    rows: Rows,
+    tokens: int,
+    longest: int | None,
+) -> None:
+    needed = max(map(len, rows), default=0) + tokens
+    if longest is not None and needed > longest:
+        raise SettingError(
+            f"the longest prompt and {tokens} tokens make {needed}, but the model has"
+            f" positions for {longest}",
+            where=WHERE,
+            remedy="give a shorter prompt, or ask for fewer tokens",
+        )
+
+
+def _check_tokens(
+    rows: Rows,
+    vocab: int,
+) -> None:
     for number, row in enumerate(rows):
         strange = [token for token in row if not 0 <= token < vocab]
         if strange:
@@ -354,7 +403,10 @@ def _count(tokens: int) -> int:
     return int(tokens)
 
 
-def _stops(stop: str | Sequence[str], codec: Codec | None) -> tuple[str, ...]:
+def _stops(
+    stop: str | Sequence[str],
+    codec: Codec | None,
+) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     stops = () if stop == "" else stops
     if not all(isinstance(text, str) and text for text in stops):
@@ -372,7 +424,10 @@ def _stops(stop: str | Sequence[str], codec: Codec | None) -> tuple[str, ...]:
     return stops
 
 
-def _ends(end: Any, codec: Codec | None) -> tuple[int, ...]:
+def _ends(
+    end: Any,
+    codec: Codec | None,
+) -> tuple[int, ...]:
     if end is None:
         return () if codec is None else codec.ends
     ends = (end,) if is_whole(end) else tuple(end)
@@ -385,7 +440,10 @@ def _ends(end: Any, codec: Codec | None) -> tuple[int, ...]:
     return tuple(int(token) for token in ends)
 
 
-def _seeds(seed: Any, count: int) -> np.ndarray:
+def _seeds(
+    seed: Any,
+    count: int,
+) -> np.ndarray:
     """Return a seed for each row."""
     if is_whole(seed):
         sequence = np.random.SeedSequence(abs(int(seed)))
@@ -400,7 +458,10 @@ def _seeds(seed: Any, count: int) -> np.ndarray:
     return np.asarray(seeds, np.uint32)
 
 
-def _mode(source: Source, cached: bool | None) -> bool:
+def _mode(
+    source: Source,
+    cached: bool | None,
+) -> bool:
     has_cache = source.empty is not None
     if cached and not has_cache:
         raise ModelError(

@@ -21,6 +21,7 @@ from lepton_jax.trainer import Trainer
 # Tokens that go through the model at once; assumption: logits of a vocabulary of
 # 128,256 take 2 GiB then.
 TOKENS_AT_ONCE = 4096
+MOST_WIDTH = 2**31 - 1  # of rows, where positions are not learned: int32
 WIDTH = 32  # rows are filled up to a multiple of it, so that few programs are compiled
 
 
@@ -182,12 +183,19 @@ class Window(NamedTuple):
     start: int
 
 
-def _codec(model: Any, tokenizer: Any) -> Codec | None:
+def _codec(
+    model: Any,
+    tokenizer: Any,
+) -> Codec | None:
     preparation = model.preparation if isinstance(model, Trainer) else None
     return codec_of(tokenizer, preparation)
 
 
-def _windows(row: Sequence[int], length: int, stride: int) -> Iterator[Window]:
+def _windows(
+    row: Sequence[int],
+    length: int,
+    stride: int,
+) -> Iterator[Window]:
     counted = 1  # nothing predicts a text's first token
     for begin in range(0, len(row), stride):
         if counted >= len(row):
@@ -197,7 +205,11 @@ def _windows(row: Sequence[int], length: int, stride: int) -> Iterator[Window]:
         counted = begin + len(tokens)
 
 
-def _window(text: Any, answer: Any, codec: Codec | None) -> Window:
+def _window(
+    text: Any,
+    answer: Any,
+    codec: Codec | None,
+) -> Window:
     """Return a question with an answer, as tokens.
 
     A text and its answer become tokens together, as tokenizers may join their letters.
@@ -216,14 +228,21 @@ def _window(text: Any, answer: Any, codec: Codec | None) -> Window:
     return Window(whole, len(context))
 
 
-def _score(found: tuple[float, int], answer: Any, per: str) -> float:
+def _score(
+    found: tuple[float, int],
+    answer: Any,
+    per: str,
+) -> float:
     logs, count = found
     if per == "token":
         return logs / count
     return logs / len(answer) if per == "character" else logs
 
 
-def _accuracy(chosen: np.ndarray, right: Sequence[int] | None) -> float | None:
+def _accuracy(
+    chosen: np.ndarray,
+    right: Sequence[int] | None,
+) -> float | None:
     if right is None:
         return None
     if len(right) != len(chosen):
@@ -244,7 +263,14 @@ def _log_probabilities(
     run = _compiled(source)
     for part in _batches(windows, source.rows):
         longest = max(len(window.tokens) for window in part)
-        width = -(-longest // WIDTH) * WIDTH
+        if longest > (source.longest or longest):
+            raise SettingError(
+                f"a text has {longest} tokens, but the model has positions for"
+                f" {source.longest}",
+                where="perplexity, multiple_choice",
+                remedy="give a shorter window, or shorter questions",
+            )
+        width = min(-(-longest // WIDTH) * WIDTH, source.longest or MOST_WIDTH)
         rows = -(-len(part) // source.rows) * source.rows
         tokens = np.zeros((rows, width), np.int32)
         counts = np.zeros((rows, width), bool)
@@ -257,7 +283,10 @@ def _log_probabilities(
             yield float(logs[number]), len(window.tokens) - window.start
 
 
-def _batches(windows: Sequence[Window], rows: int) -> Iterator[Sequence[Window]]:
+def _batches(
+    windows: Sequence[Window],
+    rows: int,
+) -> Iterator[Sequence[Window]]:
     """Cut windows into runs of about `TOKENS_AT_ONCE` tokens, in their order."""
     longest = max((len(window.tokens) for window in windows), default=1)
     size = max(rows, TOKENS_AT_ONCE // max(longest, 1) // rows * rows)
@@ -277,7 +306,11 @@ def _compiled(source: Source) -> Any:
 def _scorer(source: Source) -> Any:
     forward = source.forward
 
-    def run(weights: Any, tokens: jax.Array, counts: jax.Array) -> jax.Array:
+    def run(
+        weights: Any,
+        tokens: jax.Array,
+        counts: jax.Array,
+    ) -> jax.Array:
         params, variables = weights
         logits, _ = forward(params, variables, tokens, None)
         logits = logits[:, :-1]

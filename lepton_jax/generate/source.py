@@ -41,6 +41,7 @@ class Source:
         cache.
       jit: `jax.jit` for the devices of the weights.
       rows: the number of rows must be a multiple of it.
+      longest: tokens that a row can have, by learned positions; None: any number.
       replicated: where the tokens come out; None: where the model is.
     """
 
@@ -48,6 +49,7 @@ class Source:
     empty: Callable[[Any, Any, int, int], Any] | None
     jit: Callable[..., Any] = jax.jit
     rows: int = 1
+    longest: int | None = None
     replicated: NamedSharding | None = None
 
 
@@ -62,7 +64,7 @@ def source_of(model: Any) -> tuple[Source, Any]:
         return _of_trainer(model)
     if isinstance(model, nnx.Module):
         graph, *weights = nnx.split(model, nnx.Param, ...)
-        return _of_graph(graph, hasattr(model, "empty_cache")), tuple(weights)
+        return _of_graph(graph, *_abilities(model)), tuple(weights)
     raise ModelError(
         f"a {type(model).__name__} is given where a language model is expected",
         where="generate",
@@ -74,27 +76,45 @@ def source_of(model: Any) -> tuple[Source, Any]:
 
 
 @lru_cache(maxsize=KEPT)
-def _of_graph(graph: Any, has_cache: bool) -> Source:
-    def module(params: Any, rest: Any) -> Any:
+def _of_graph(
+    graph: Any,
+    has_cache: bool,
+    longest: int | None,
+) -> Source:
+    def module(
+        params: Any,
+        rest: Any,
+    ) -> Any:
         whole: Any = nnx.merge(graph, params, rest, copy=True)
         whole.eval()
         return whole
 
-    def forward(params: Any, rest: Any, tokens: Any, cache: Any) -> Any:
+    def forward(
+        params: Any,
+        rest: Any,
+        tokens: Any,
+        cache: Any,
+    ) -> Any:
         return _called(module(params, rest), tokens, cache)
 
-    def empty(params: Any, rest: Any, rows: int, slots: int) -> Any:
+    def empty(
+        params: Any,
+        rest: Any,
+        rows: int,
+        slots: int,
+    ) -> Any:
         dtype = _floats(params)
         return module(params, rest).empty_cache(rows, slots, dtype)
 
-    return Source(forward, empty if has_cache else None)
+    return Source(forward, empty if has_cache else None, longest=longest)
 
 
 _SOURCES: weakref.WeakKeyDictionary[Any, Source] = weakref.WeakKeyDictionary()
 
 
 def _of_trainer(trainer: Trainer) -> tuple[Source, tuple[Any, Any]]:
-    module = trainer.module()  # plans, and makes the first weights, where need be
+    if trainer.program is None or trainer.state is None:
+        trainer.module()  # plans, and makes the first weights
     program = trainer.program
     state = trainer.state
     assert program is not None and state is not None
@@ -105,8 +125,7 @@ def _of_trainer(trainer: Trainer) -> tuple[Source, tuple[Any, Any]]:
             remedy="generate with trainer.module(), if that takes tokens",
         )
     if program not in _SOURCES:
-        has_cache = hasattr(module, "empty_cache")
-        _SOURCES[program] = _of_program(program, has_cache)
+        _SOURCES[program] = _of_program(program, *_abilities(trainer.module()))
     weights = select_weights(state, trainer.recipe)
     cast = _cast(trainer.recipe.precision)
     return _SOURCES[program], cast(weights)
@@ -125,30 +144,52 @@ def _cast(name: str) -> Callable[[Any], Any]:
     return lambda weights: (cast(weights[0]), weights[1])
 
 
-def _of_program(program: Any, has_cache: bool) -> Source:
+def _of_program(
+    program: Any,
+    has_cache: bool,
+    longest: int | None,
+) -> Source:
     traced = program.trace
     kept = traced.functional
     plan = program.plan
     by_name = isinstance(traced.inputs, dict)
     dtype = jnp.dtype(program.recipe.precision)
 
-    def module(params: Any, variables: Any) -> Any:
+    def module(
+        params: Any,
+        variables: Any,
+    ) -> Any:
         whole = kept.whole(params, variables)
         if isinstance(whole, nnx.Module):
             follow_precision(whole)
         return whole
 
-    def called(params: Any, variables: Any, inputs: Any, cache: Any) -> Any:
+    def called(
+        params: Any,
+        variables: Any,
+        inputs: Any,
+        cache: Any,
+    ) -> Any:
         tokens = inputs["tokens"] if by_name else inputs
         return _called(module(params, variables), tokens, cache)
 
     laid = laid_out(called, plan.layout, program.mesh, ARGUMENTS)
 
-    def forward(params: Any, variables: Any, tokens: Any, cache: Any) -> Any:
+    def forward(
+        params: Any,
+        variables: Any,
+        tokens: Any,
+        cache: Any,
+    ) -> Any:
         inputs = {"tokens": tokens} if by_name else tokens
         return laid(params, variables, inputs, cache)
 
-    def empty(params: Any, variables: Any, rows: int, slots: int) -> Any:
+    def empty(
+        params: Any,
+        variables: Any,
+        rows: int,
+        slots: int,
+    ) -> Any:
         return module(params, variables).empty_cache(rows, slots, dtype)
 
     rows = 1
@@ -159,11 +200,22 @@ def _of_program(program: Any, has_cache: bool) -> Source:
         empty if has_cache else None,
         partial(jit_on, program.mesh.devices.flat),
         rows,
+        longest,
         program.replicated if program.mesh.size > 1 else None,
     )
 
 
-def _called(module: Any, tokens: Any, cache: Any) -> tuple[Any, Any]:
+def _abilities(module: Any) -> tuple[bool, int | None]:
+    """Return whether a model has a cache, and how many tokens a row can have."""
+    positions = getattr(getattr(module, "shape", None), "positions", None)
+    return hasattr(module, "empty_cache"), positions or None
+
+
+def _called(
+    module: Any,
+    tokens: Any,
+    cache: Any,
+) -> tuple[Any, Any]:
     if cache is None:
         return module(tokens).astype(jnp.float32), None
     logits, cache = module(tokens, cache=cache)

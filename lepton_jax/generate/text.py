@@ -82,16 +82,25 @@ class RowText:
         self._shown = max(self._shown, certain)
         return piece
 
-    def _text(self, count: int) -> str:
+    def _text(
+        self,
+        count: int,
+    ) -> str:
         assert self._codec is not None
         return self._codec.text_after(self._prompt, self._tokens[:count])
 
-    def _place(self, text: str) -> int | None:
+    def _place(
+        self,
+        text: str,
+    ) -> int | None:
         """Return where the first stop string begins."""
         places = [text.find(stop) for stop in self._stop]
         return min((place for place in places if place >= 0), default=None)
 
-    def _completed(self, before: int) -> int:
+    def _completed(
+        self,
+        before: int,
+    ) -> int:
         """Return how many tokens it takes to complete a stop string."""
         for count in range(before + 1, len(self._tokens)):
             if self._place(self._text(count)) is not None:
@@ -105,7 +114,11 @@ class RowText:
         return len(whole) - max(held, default=0)
 
 
-def prompt_row(prompt: Any, number: int, codec: Codec | None) -> list[int]:
+def prompt_row(
+    prompt: Any,
+    number: int,
+    codec: Codec | None,
+) -> list[int]:
     """Return the tokens of a prompt, a text or token ids.
 
     Args:
@@ -151,7 +164,10 @@ def is_whole(value: Any) -> bool:
     return not isinstance(value, bool)
 
 
-def _overlap(text: str, stop: str) -> int:
+def _overlap(
+    text: str,
+    stop: str,
+) -> int:
     """Return the length of the longest end of a text that may begin a stop string."""
     longest = min(len(text), len(stop) - 1)
     for length in range(longest, 0, -1):

@@ -14,14 +14,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
+from lepton_jax import adapt
 from lepton_jax.data import extras
 from lepton_jax.errors import CheckpointError, ModelError
 from lepton_jax.hub import names, reading
-from lepton_jax.hub.families import Family, family_of
+from lepton_jax.hub.families import Family, difference, family_of
 from lepton_jax.hub.origin import CONFIG, Origin, read_json
+from lepton_jax.hub.shapes import parameter_shapes, shape_of
 from lepton_jax.hub.shards import DTYPES, Shards, listed
 from lepton_jax.models import DecoderLM, DecoderShape
-from lepton_jax.trees import by_path
+from lepton_jax.trees import by_path, matches
 
 if TYPE_CHECKING:
     from lepton_jax.trainer import Trainer
@@ -98,8 +100,8 @@ class HubFolder:
         policies begin anew.
 
         Args:
-          trainer: whose recipe has `model` as its model, or a `TransformerLM` of the
-            same shape.
+          trainer: whose recipe has `model` as its model, with adapters on it or not
+            (`lepton_jax.adapt`), or a `TransformerLM` of the same shape.
 
         Returns:
           The trainer.
@@ -110,24 +112,39 @@ class HubFolder:
         """
         # Where no data say otherwise: a row of as many tokens as there may be.
         tokens = jax.ShapeDtypeStruct((1, self._context()), jnp.int32)
-        return trainer.begin_with(self.weights, (tokens, tokens))
+
+        def read(wanted: dict[str, Any]) -> dict[str, jax.Array]:
+            self._check_model(trainer)
+            return self.weights(wanted)
+
+        return trainer.begin_with(read, (tokens, tokens))
 
     def weights(self, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Return parameters by path, on their devices.
 
         Args:
-          wanted: shapes by path, with dtype and sharding.
+          wanted: shapes by path, with dtype and sharding; those of adapters, which
+            no folder has, are left out.
 
         Raises:
           ModelError: they are not this model's.
           CheckpointError: a file can't be read.
         """
+        wanted = {
+            path: leaf
+            for path, leaf in wanted.items()
+            if not matches(path, adapt.PATTERN)
+        }
         found = self._sources_of(wanted)
         with Shards(self.path) as shards:
             return reading.read(shards, wanted, found)
 
     def module(self, dtype: Any = jnp.float32) -> DecoderLM:
-        """Return the model with its weights on one device, to call without Lepton."""
+        """Return the model with its weights on one device, to call without Lepton.
+
+        Args:
+          dtype: of the weights, and of what is computed.
+        """
         module = nnx.eval_shape(lambda: self.model(rngs=nnx.Rngs(0)))
         graph, params = nnx.split(module)
         sharding = SingleDeviceSharding(jax.local_devices()[0])
@@ -140,7 +157,11 @@ class HubFolder:
         leaves = [arrays[path] for path in by_path(pure)]
         filled = jax.tree.unflatten(jax.tree.structure(pure), leaves)
         nnx.replace_by_pure_dict(params, filled)
-        return nnx.merge(graph, params)
+        module = nnx.merge(graph, params)
+        for _, node in nnx.iter_graph(module):
+            if isinstance(node, nnx.Embed):
+                node.dtype = dtype  # which it has from when it was made
+        return module
 
     def tokenizer(self) -> Any:
         """Return the folder's tokenizer, of its own library.
@@ -238,9 +259,9 @@ class HubFolder:
             dtype that float32 does not hold.
         """
         expected = self._expected()
-        known = [*expected]
+        known = dict.fromkeys(expected)
         if self.shape.tied:
-            known.append(names.LM_HEAD)
+            known[names.LM_HEAD] = None
         surplus = [
             name
             for name in self.tensors
@@ -302,6 +323,23 @@ class HubFolder:
                 remedy="make it with the folder's: Recipe(model=folder.model, ...)",
             )
         return found
+
+    def _check_model(self, trainer: Trainer) -> None:
+        """Check that a trainer's model computes what the folder's does.
+
+        Raises:
+          ModelError: it does not, whatever the sizes of its parameters.
+        """
+        assert trainer.program is not None
+        traced = trainer.program.trace
+        state = traced.state
+        module = traced.functional.whole(state.params, state.variables)
+        if differs := difference(shape_of(module), self.shape):
+            raise ModelError(
+                f"the trainer's model is another than the folder's: {differs}",
+                where=self.path,
+                remedy="make it with the folder's: Recipe(model=folder.model, ...)",
+            )
 
     def _context(self) -> int:
         key = "n_positions" if self.shape.positions else "max_position_embeddings"
@@ -365,25 +403,6 @@ def open_folder(
             str(error), where="hub.open, loop", remedy='leave loop="unrolled"'
         ) from error
     return HubFolder(path, config, family, shape, tied)
-
-
-def parameter_shapes(shape: DecoderShape) -> dict[str, Any]:
-    """Return the parameters' shapes by path, those of each layer on its own."""
-    # All layers have the same parameters, so one is made.
-    windows = shape.windows[:1]
-    one = dataclasses.replace(shape, layers=1, windows=windows, loop="unrolled")
-    module = nnx.eval_shape(lambda: DecoderLM(one, rngs=nnx.Rngs(0)))
-    leaves = by_path(nnx.to_pure_dict(nnx.state(module)))
-    first = "blocks/0/"
-    params = {}
-    for path, leaf in leaves.items():
-        if not path.startswith(first):
-            params[path] = leaf
-            continue
-        rest = path.removeprefix(first)
-        for layer in range(shape.layers):
-            params[f"blocks/{layer}/{rest}"] = leaf
-    return params
 
 
 # ---- internals ----

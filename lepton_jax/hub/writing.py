@@ -14,15 +14,17 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from lepton_jax import adapt
 from lepton_jax.data import extras
 from lepton_jax.errors import CheckpointError, ModelError, SettingError
 from lepton_jax.hosts import agreement
 from lepton_jax.hub import names
-from lepton_jax.hub.families import Family, canonical, family_for
+from lepton_jax.hub.families import Family, difference, family_for
 from lepton_jax.hub.folder import HubFolder, open_folder
 from lepton_jax.hub.origin import CONFIG, TENSORS, Origin, writing
+from lepton_jax.hub.shapes import shape_of
 from lepton_jax.hub.shards import EXTRA, INDEX, SINGLE
-from lepton_jax.models import DecoderLM, DecoderShape, Rotary, TransformerLM
+from lepton_jax.models import DecoderShape
 from lepton_jax.trees import by_path
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def save(
 
     Args:
       source: a trainer, whose weights to serve with are written; or a `DecoderLM` or
-        a `TransformerLM`.
+        a `TransformerLM`. Adapters are added to the kernels.
       folder: to be made, or empty.
       like: the folder that the model came from: its configuration, names and dtypes
         are kept, and its tokenizer, chat template and licence are copied untouched.
@@ -87,23 +89,6 @@ def save(
     plan.write(fresh, shard_bytes)
     agreement.first(lambda: _finish(folder, fresh, config, origin))
     return folder
-
-
-def shape_of(module: Any) -> DecoderShape:
-    """Return the shape of a model.
-
-    Raises:
-      ModelError: it is no decoder that a published family is like.
-    """
-    if isinstance(module, DecoderLM):
-        return module.shape
-    if type(module) is TransformerLM:
-        return _shape_of_transformer(module)
-    raise ModelError(
-        f"a {type(module).__name__} has no place among published models",
-        where="hub.save",
-        remedy="train a DecoderLM or a TransformerLM of lepton_jax.models",
-    )
 
 
 # ---- internals ----
@@ -237,29 +222,18 @@ def _origin(like: HubFolder | str | Path | None) -> Origin | None:
 def _module(source: Any) -> tuple[Any, int]:
     """Return a trainer's module, or the module, and the length of its texts."""
     if isinstance(source, nnx.Module):
-        return source, CONTEXT
-    module = source.module()
+        return _merged(source), CONTEXT
+    module = _merged(source.module())
     inputs = jax.tree.leaves(source.trace.inputs)
     lengths = [leaf.shape[1] for leaf in inputs if len(leaf.shape) > 1]
     return module, max(lengths, default=CONTEXT)
 
 
-def _shape_of_transformer(module: TransformerLM) -> DecoderShape:
-    stacked = module.loop == "scan"
-    block = module.blocks if stacked else module.blocks[0]
-    gate = block.feed_forward.gate.kernel
-    return DecoderShape(
-        vocab=module.embed.num_embeddings,
-        dim=module.embed.features,
-        layers=module.layers,
-        heads=block.attention.heads,
-        kv_heads=block.attention.kv_heads,
-        hidden=gate.shape[-1],
-        epsilon=module.norm.epsilon,
-        rotary=Rotary(block.attention.theta),
-        tied=module.head is None,
-        loop="scan" if stacked else "unrolled",
-    )
+def _merged(module: Any) -> Any:
+    """Return a module whose adapters, if it has any, are added to its kernels."""
+    nodes = (node for _, node in nnx.iter_graph(module))
+    has_adapters = any(isinstance(node, adapt.LoRALinear) for node in nodes)
+    return adapt.merge(module) if has_adapters else module
 
 
 def _family(shape: DecoderShape, origin: Origin | None) -> Family:
@@ -270,15 +244,9 @@ def _family(shape: DecoderShape, origin: Origin | None) -> Family:
     """
     if origin is None:
         return family_for(shape)
-    ours = canonical(shape)
-    theirs = canonical(origin.shape)
-    if ours != theirs:
-        here = vars(ours)
-        there = vars(theirs)
-        name = next(name for name in here if here[name] != there[name])
+    if differs := difference(shape, origin.shape):
         raise ModelError(
-            f"the model is another than that of {origin.path.name}: {name} is"
-            f" {here[name]!r}, and {there[name]!r} there",
+            f"the model is another than that of {origin.path.name}: {differs}",
             where=origin.path,
             remedy="name the folder that the model came from, or none",
         )
@@ -295,7 +263,8 @@ def _config(
         config = plan.family.config_of(plan.shape, context)
         return {**config, "torch_dtype": dtype or "float32"}
     config = dict(origin.config)
-    if config.get("tie_word_embeddings") is not None or not plan.shape.tied:
+    said = config.get("tie_word_embeddings")
+    if plan.shape.tied != (plan.family.tied if said is None else said):
         config["tie_word_embeddings"] = plan.shape.tied
     if dtype is not None:
         key = "dtype" if "dtype" in config else "torch_dtype"

@@ -87,10 +87,15 @@ class Rotary:
 
     def _llama3(self, plain: np.ndarray) -> np.ndarray:
         turns = self.original * plain / TURN
-        kept = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
+        share = (turns - self.low) / (self.high - self.low)
+        kept = np.clip(share, 0, 1)
         return kept * plain + (1 - kept) * plain / self.factor
 
-    def _yarn(self, plain: np.ndarray, size: int) -> np.ndarray:
+    def _yarn(
+        self,
+        plain: np.ndarray,
+        size: int,
+    ) -> np.ndarray:
         first = self._pair_that_turns(self.fast, size)
         last = self._pair_that_turns(self.slow, size)
         if self.truncate:
@@ -100,13 +105,15 @@ class Rotary:
         last = min(last, size - 1)
         width = last - first if last != first else LEAST_RAMP
 
-        divided = np.clip((np.arange(size // 2) - first) / width, 0, 1)
+        pairs = np.arange(size // 2)
+        divided = np.clip((pairs - first) / width, 0, 1)
         return (1 - divided) * plain + divided * plain / self.factor
 
     def _pair_that_turns(self, times: float, size: int) -> float:
         """Return which pair turns so many times over `original` positions."""
         radians = self.original / (times * TURN)
-        return size * math.log(radians) / (2 * math.log(self.theta))
+        share = math.log(radians) / math.log(self.theta)
+        return size * share / 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +188,8 @@ class DecoderShape:
         for name in ("vocab", "dim", "layers", "heads", "hidden"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; at least 1")
-        if self.heads % self.groups or (self.head is None and self.dim % self.heads):
+        is_derived = self.head is None
+        if self.heads % self.groups or (is_derived and self.dim % self.heads):
             raise ValueError(
                 f"{self.heads} heads must be a multiple of {self.groups} kv_heads, and"
                 f" divide dim {self.dim} where head is not given"
@@ -291,7 +299,12 @@ class DecoderAttention(nnx.Module):
         self.query = linear(shape.dim, wide)
         self.key = linear(shape.dim, narrow)
         self.value = linear(shape.dim, narrow)
-        self.out = nnx.Linear(wide, shape.dim, use_bias=shape.out_bias, rngs=rngs)
+        self.out = nnx.Linear(
+            wide,
+            shape.dim,
+            use_bias=shape.out_bias,
+            rngs=rngs,
+        )
         normed = shape.query_key_norm
         self.query_norm = _norm(shape, self.head, rngs) if normed else None
         self.key_norm = _norm(shape, self.head, rngs) if normed else None
@@ -365,9 +378,20 @@ class DecoderAttention(nnx.Module):
         if is_causal:
             past = _past(query.shape[1], window)
             mask = past if mask is None else mask & past
-        return _capped_attention(query, key, value, mask, self.scale, self.cap)
+        return _capped_attention(
+            query,
+            key,
+            value,
+            mask,
+            self.scale,
+            self.cap,
+        )
 
-    def _visible(self, cache: Layer, length: int) -> jax.Array:
+    def _visible(
+        self,
+        cache: Layer,
+        length: int,
+    ) -> jax.Array:
         """Return which slots new tokens look at: (batch, 1, length, slots)."""
         own = cache["filled"][:, None] + jnp.arange(length)
         slots = jnp.arange(cache["key"].shape[1])
@@ -395,7 +419,8 @@ class FeedForward(nnx.Module):
         active = ACTIVATIONS[self.activation]
         if self.gate is None:
             return self.down(active(self.up(x)))
-        return self.down(active(self.gate(x)) * self.up(x))
+        gate = active(self.gate(x))
+        return self.down(gate * self.up(x))
 
 
 class DecoderBlock(nnx.Module):
@@ -497,7 +522,8 @@ class DecoderLM(nnx.Module):
         else:
             x, cache = self._unrolled(x, positions, segments, cache)
         x = self.norm(x)
-        logits = self.embed.attend(x) if self.head is None else self.head(x)
+        head = self.embed.attend if self.head is None else self.head
+        logits = head(x)
         if self.shape.logit_cap is not None:
             logits = _capped(logits, self.shape.logit_cap)
         return logits if cache is None else (logits, cache)
@@ -514,7 +540,12 @@ class DecoderLM(nnx.Module):
           For each layer "key" and "value": (batch, slots, kv_heads, head), and
           "filled": int32 (batch,), the slots in use.
         """
-        size = (batch, slots, self.shape.groups, self.shape.head_size)
+        size = (
+            batch,
+            slots,
+            self.shape.groups,
+            self.shape.head_size,
+        )
         return tuple(
             {
                 "key": jnp.zeros(size, dtype),
@@ -530,7 +561,8 @@ class DecoderLM(nnx.Module):
             return self.blocks[index]
         group, member = divmod(index, self.shape.period)
         graph, stacked = nnx.split(self.blocks[member])
-        return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[group], stacked))
+        own = jax.tree.map(lambda leaf: leaf[group], stacked)
+        return nnx.merge(graph, own)
 
     def _unrolled(
         self,
@@ -542,7 +574,8 @@ class DecoderLM(nnx.Module):
         after = []
         for index in range(self.shape.layers):
             before = None if cache is None else cache[index]
-            x, entry = self.layer(index)(x, positions, segments, before)
+            block = self.layer(index)
+            x, entry = block(x, positions, segments, before)
             if entry is not None:
                 after.append(entry)
         return x, None if cache is None else tuple(after)
@@ -564,7 +597,8 @@ class DecoderLM(nnx.Module):
                 x, _ = nnx.merge(graph, arrays)(x, positions, segments)
             return x, None
 
-        x, _ = jax.lax.scan(apply, x, tuple(arrays for _, arrays in split))
+        stacks = tuple(arrays for _, arrays in split)
+        x, _ = jax.lax.scan(apply, x, stacks)
         return x
 
 
@@ -589,14 +623,18 @@ def rotated(
         positions = jnp.arange(length)[None]
     else:
         length = positions.max(axis=1)[:, None, None] + 1
-    frequencies: Any = rotary.frequencies(x.shape[-1]).astype(np.float32)
+    size = x.shape[-1]
+    frequencies: Any = rotary.frequencies(size).astype(np.float32)
     if rotary.kind == "dynamic":
-        frequencies = frequencies * _stretched(rotary, x.shape[-1], length)
+        frequencies = frequencies * _stretched(rotary, size, length)
     # The angles are float32 whatever x is: in bfloat16, positions above 256 would fall
     # together.
     angles = positions.astype(jnp.float32)[..., None] * frequencies
-    cos = (jnp.cos(angles) * rotary.amplitude)[:, :, None].astype(x.dtype)
-    sin = (jnp.sin(angles) * rotary.amplitude)[:, :, None].astype(x.dtype)
+    angles = angles[:, :, None]
+    cos = jnp.cos(angles) * rotary.amplitude
+    sin = jnp.sin(angles) * rotary.amplitude
+    cos = cos.astype(x.dtype)
+    sin = sin.astype(x.dtype)
     left, right = jnp.split(x, 2, axis=-1)
     turned_left = left * cos - right * sin
     turned_right = right * cos + left * sin
@@ -606,14 +644,21 @@ def rotated(
 # ---- internals ----
 
 
-def _blocks(shape: DecoderShape, rngs: nnx.Rngs) -> list[DecoderBlock]:
+def _blocks(
+    shape: DecoderShape,
+    rngs: nnx.Rngs,
+) -> list[DecoderBlock]:
     """Return a block for each layer, or for each of a period one that is stacked."""
     if shape.loop == "unrolled":
         return [DecoderBlock(shape, i, rngs=rngs) for i in range(shape.layers)]
     return [_stack(shape, member, rngs) for member in range(shape.period)]
 
 
-def _stack(shape: DecoderShape, member: int, rngs: nnx.Rngs) -> DecoderBlock:
+def _stack(
+    shape: DecoderShape,
+    member: int,
+    rngs: nnx.Rngs,
+) -> DecoderBlock:
     """Return the blocks of one kind as one, whose parameters are stacked."""
 
     def block(key: jax.Array) -> DecoderBlock:
@@ -623,7 +668,11 @@ def _stack(shape: DecoderShape, member: int, rngs: nnx.Rngs) -> DecoderBlock:
     return nnx.vmap(block)(keys)
 
 
-def _table(rows: int, size: int, rngs: nnx.Rngs) -> nnx.Embed | None:
+def _table(
+    rows: int,
+    size: int,
+    rngs: nnx.Rngs,
+) -> nnx.Embed | None:
     return nnx.Embed(rows, size, rngs=rngs) if rows else None
 
 
@@ -653,7 +702,11 @@ def _own_positions(
     return own if cache is None else cache[0]["filled"][:, None] + own
 
 
-def _stretched(rotary: Rotary, size: int, length: Any) -> Any:
+def _stretched(
+    rotary: Rotary,
+    size: int,
+    length: Any,
+) -> Any:
     """Return what a theta that grows with a text makes of the frequencies.
 
     theta' = theta * r^(d / (d - 2)), with r = factor * length / original - (factor - 1)
@@ -661,19 +714,27 @@ def _stretched(rotary: Rotary, size: int, length: Any) -> Any:
     """
     exponents = np.arange(0, size, 2) / max(size - 2, 1)
     xp: Any = np if isinstance(length, int) else jnp
-    ratio = rotary.factor * (length / rotary.original) - (rotary.factor - 1)
-    factors = xp.exp(-exponents * xp.log(xp.maximum(ratio, 1.0)))
+    longer = length / rotary.original
+    ratio = rotary.factor * longer - (rotary.factor - 1)
+    growth = xp.log(xp.maximum(ratio, 1.0))
+    factors = xp.exp(-exponents * growth)
     return factors.astype(np.float32)
 
 
-def _past(length: int, window: int | None) -> jax.Array:
+def _past(
+    length: int,
+    window: int | None,
+) -> jax.Array:
     """Return which tokens each looks at: (1, 1, length, length)."""
     own = jnp.arange(length)
     seen = _looks_back(own[:, None] - own, window)
     return seen[None, None]
 
 
-def _looks_back(distance: jax.Array, window: int | None) -> jax.Array:
+def _looks_back(
+    distance: jax.Array,
+    window: int | None,
+) -> jax.Array:
     """Whether a token looks at the one that is so far back; its own is 0 back."""
     seen = distance >= 0
     return seen if window is None else seen & (distance < window)
@@ -694,7 +755,13 @@ def _capped_attention(
     """Return attention whose logits are capped; softmax and cap are float32."""
     batch, length, heads, size = query.shape
     groups = key.shape[2]
-    grouped = query.reshape(batch, length, groups, heads // groups, size)
+    grouped = query.reshape(
+        batch,
+        length,
+        groups,
+        heads // groups,
+        size,
+    )
     logits = jnp.einsum(
         "btkgh,bskh->bkgts",
         grouped,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -173,6 +173,43 @@ class Program:
         )
         self._values = recipe_values(state)
         return state
+
+    def init_with(
+        self,
+        seed: int,
+        weights: Mapping[str, jax.Array],
+    ) -> State:
+        """Return the state before the first step of a run with given parameters.
+
+        Args:
+          seed: of all else.
+          weights: parameters by path, laid out as planned; the others are new.
+        """
+        shardings = by_path(self.state_sharding.params)
+        fresh = {path: x for path, x in shardings.items() if path not in weights}
+
+        def init(seed: Any) -> Any:
+            key = jax.random.key(seed)
+            params, variables = self.trace.functional.init(key)
+            leaves = by_path(params)
+            # XLA drops the parameters that are not returned.
+            return jnp.int32(0), variables, key, {path: leaves[path] for path in fresh}
+
+        where = self.state_sharding
+        own = (where.step, where.variables, where.key, fresh)
+        step, variables, key, new = self._jit(init, out_shardings=own)(np.uint32(seed))
+        shapes = self.trace.state
+        params = _filled(shapes.params, {**weights, **new})
+        rest = {"optimizer": shapes.optimizer, "controller": shapes.controller}
+        made = _filled(rest, self.begun(params, variables, by_path(rest)))
+        return State(
+            step,
+            params,
+            variables,
+            made["optimizer"],
+            made["controller"],
+            key,
+        )
 
     def recipe_values(self) -> dict[str, float]:
         """Return the numbers that the recipe puts into its first state, by path.
@@ -899,6 +936,15 @@ def _gathered(batch: Any, data: Any) -> Any:
         return leaf.at[batch].get(mode="promise_in_bounds")
 
     return jax.tree.map(rows, data)
+
+
+def _filled(
+    shapes: Any,
+    leaves: Mapping[str, Any],
+) -> Any:
+    """Return a pytree of leaves by path."""
+    ordered = [leaves[path] for path in by_path(shapes)]
+    return jax.tree.unflatten(jax.tree.structure(shapes), ordered)
 
 
 def _shape_on(

@@ -174,7 +174,12 @@ class Reader:
         for path, leaf in by_path(state).items():
             if path in choice.adoption.sources:
                 leaves[path] = leaf
-        return self._begun(_with_leaves(state, leaves)), str(choice.adoption)
+        weighed = _with_leaves(state, leaves)
+
+        # copies of the parameters that optimizer and policies keep
+        rest = [path for path in leaves if path.startswith(REPLACEABLE)]
+        begun = self.program.begun(weighed.params, weighed.variables, rest)
+        return _with_leaves(weighed, begun), str(choice.adoption)
 
     def begin_with_weights(
         self,
@@ -184,31 +189,14 @@ class Reader:
 
         Args:
           read: shapes of all parameters by path, with dtype and sharding, to the
-            parameters.
+            parameters; those that it leaves out begin as the recipe's seed says.
         """
-        state = self.program.init(self.program.recipe.seed)
-        # Room for the weights: what is made anew below need not lie there meanwhile.
-        for path, leaf in by_path(state).items():
-            if path.startswith((PARAMS, *REPLACEABLE)):
-                leaf.delete()
-        template = by_path(self.template())
         wanted = {
             path.removeprefix(PARAMS): leaf
-            for path, leaf in template.items()
+            for path, leaf in by_path(self.template()).items()
             if path.startswith(PARAMS)
         }
-        weights = read(wanted)
-        fresh = {f"{PARAMS}{path}": weights[path] for path in wanted}
-        return self._begun(_with_leaves(state, fresh))
-
-    def _begun(self, state: State) -> State:
-        """Return a state in which optimizer and policies begin with its weights.
-
-        They may keep copies of the parameters.
-        """
-        paths = [path for path in by_path(state) if path.startswith(REPLACEABLE)]
-        fresh = self.program.begun(state.params, state.variables, paths)
-        return _with_leaves(state, fresh)
+        return self.program.init_with(self.program.recipe.seed, read(wanted))
 
     def settle(
         self,

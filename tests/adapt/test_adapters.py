@@ -98,6 +98,16 @@ def test_what_is_saved_opens_without_the_recipes_code(tuned, form, tmp_path):
         np.testing.assert_array_equal(value, by_path(trainer.state.params)[path])
 
 
+@pytest.mark.parametrize("tuned", ["lora"], indirect=True)
+def test_an_export_has_plain_weights(tuned):
+    pytest.importorskip("safetensors", reason="pip install 'lepton-jax[ship]'")
+    artifact = lepton.Artifact.of(tuned, rows=4)
+    merged = by_path(tuned.merged().state.params)
+    assert set(artifact.weights) == {f"params/{path}" for path in merged}
+    for path, value in merged.items():
+        np.testing.assert_array_equal(artifact.weights[f"params/{path}"], value)
+
+
 def test_a_trainer_without_adapters_is_its_own_merger(base):
     assert base[0].merged() is base[0]
 

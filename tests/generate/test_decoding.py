@@ -15,6 +15,7 @@ from lepton_jax.generate import Sampling
 from lepton_jax.generate.engine import Engine
 from lepton_jax.generate.generating import _engine_of
 from lepton_jax.generate.source import source_of
+from lepton_jax.models.decoder import DecoderLM, DecoderShape
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -82,10 +83,10 @@ def test_another_temperature_compiles_nothing_and_changes_the_tokens(model):
     draw = partial(lepton.generate, model, [1, 2], tokens=12, top_k=20)
     draw(temperature=0.7)
     engine = _engine_of(source_of(model)[0], Sampling(1.0, 20), None, True)
-    assert (engine.begin._cache_size(), engine.decode._cache_size()) == (1, 1)
+    assert engine.whole._cache_size() == 1
     hot = draw(temperature=3.0).tokens.tolist()
     assert hot != draw(temperature=0.01).tokens.tolist()
-    assert (engine.begin._cache_size(), engine.decode._cache_size()) == (1, 1)
+    assert engine.whole._cache_size() == 1
 
 
 def test_a_padded_vocabulary_is_never_drawn(model):
@@ -111,6 +112,19 @@ def test_an_end_token_ends_its_own_row_alone(model):
         stop = places[0] + 1 if len(places) else 12
         assert row.tokens.tolist() == whole.tokens[:stop].tolist()
         assert row.reason == ("end" if len(places) else "length")
+
+
+def test_a_row_has_no_more_tokens_than_learned_positions():
+    shape = DecoderShape(VOCAB, 8, 1, 2, 12, rotary=None, positions=20)
+    model = DecoderLM(shape, rngs=nnx.Rngs(0))
+    # filled up to a power of two, the prompt would be longer than the table
+    prompts = [list(range(17)), [1]]
+    cached = lepton.generate(model, prompts, tokens=3)
+    assert tokens_of(cached) == tokens_of(
+        lepton.generate(model, prompts, tokens=3, cached=False)
+    )
+    with pytest.raises(SettingError, match="positions for 20"):
+        lepton.generate(model, prompts, tokens=4)
 
 
 # ---- by a trainer's plan ----

@@ -18,6 +18,7 @@ import jax
 from lepton_jax.cli.settings import Parser
 from lepton_jax.errors import LeptonError, SettingError
 from tools.bench import (
+    adapters,
     calibration,
     controller,
     cpu_rates,
@@ -35,6 +36,7 @@ from tools.bench import (
     regret,
     restart,
     serve,
+    shakespeare,
     shrink,
     step,
     step_time,
@@ -63,6 +65,8 @@ COMMANDS = (
     shrink,
     peers,
     serve,
+    adapters,
+    shakespeare,
 )
 # Variables that change the figures, and so are part of a command that is recorded.
 ENVIRONMENT = (

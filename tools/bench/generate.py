@@ -7,8 +7,8 @@ the same prompts, of one length, and take turns in one process:
             prompt and one number of tokens: a prefill of the whole prompt, and a
             `fori_loop` whose cache is written at one position for all rows. Rotary
             angles are a table; no end token, no stop, no text
-  lepton    `lepton.generate` as it comes: prompts as lists of token ids, rows that
-            could be of different lengths, tokens read back and checked
+  lepton    `lepton.generate` of a trainer as it comes: prompts as lists of token ids,
+            rows that could be of different lengths, tokens read back and checked
 
 The greedy tokens of both are compared first. `timing.py` says how slices are sized and
 timed.
@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 import lepton_jax as lepton
@@ -93,13 +94,24 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {name: _measured(name, CASES[name], options) for name in names}
 
 
-def _measured(name: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
+def _measured(
+    name: str,
+    case: Case,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
     shape = lepton.models.transformer_size(case.size)
-    model = lepton.models.TransformerLM(**shape, rngs=nnx.Rngs(SEED))
     prompts = np.random.default_rng(SEED).integers(
         0, shape["vocab"], (case.rows, options.prompt), np.int32
     )
-    weights = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    trainer = lepton.Trainer(
+        model=partial(lepton.models.TransformerLM, **shape),
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.identity(),
+        train=(prompts, prompts),
+        batch_size=case.rows,
+        devices=1,
+    )
+    weights = nnx.to_pure_dict(nnx.state(trainer.module(), nnx.Param))
     hand = jax.jit(
         partial(
             by_hand,
@@ -120,7 +132,7 @@ def _measured(name: str, case: Case, options: argparse.Namespace) -> dict[str, A
 
     def run_lepton(calls: int) -> Any:
         for _ in range(calls):
-            tokens = lepton.generate(model, rows, tokens=options.tokens, **draw)
+            tokens = lepton.generate(trainer, rows, tokens=options.tokens, **draw)
         return np.stack([row.tokens for row in tokens])
 
     same = None
@@ -163,7 +175,11 @@ def by_hand(
     tables = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     empty = jnp.zeros((rows, slots, heads, head))
 
-    def forward(tokens: jax.Array, caches: Any, start: Any) -> Any:
+    def forward(
+        tokens: jax.Array,
+        caches: Any,
+        start: Any,
+    ) -> Any:
         x = weights["embed"]["embedding"][tokens]
         size = tokens.shape[1]
         cos, sin = (
@@ -196,7 +212,10 @@ def by_hand(
         last = norm(x[:, -1], weights["norm"])
         return last @ weights["embed"]["embedding"].T, filled
 
-    def choose(logits: jax.Array, step: Any) -> jax.Array:
+    def choose(
+        logits: jax.Array,
+        step: Any,
+    ) -> jax.Array:
         if top_k is None:
             return logits.argmax(-1).astype(jnp.int32)
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
@@ -204,7 +223,10 @@ def by_hand(
         chosen = jax.vmap(jax.random.categorical)(own, best)
         return jnp.take_along_axis(tokens, chosen[:, None], axis=1)[:, 0]
 
-    def step(i: Any, carry: Any) -> Any:
+    def step(
+        i: Any,
+        carry: Any,
+    ) -> Any:
         tokens, token, caches = carry
         logits, caches = forward(token[:, None], caches, length + i - 1)
         token = choose(logits, i)
@@ -216,13 +238,20 @@ def by_hand(
     return jax.lax.fori_loop(1, count, step, (tokens, token, caches))[0]
 
 
-def norm(x: jax.Array, weights: Any) -> jax.Array:
+def norm(
+    x: jax.Array,
+    weights: Any,
+) -> jax.Array:
     """Return RMSNorm."""
     mean = jnp.square(x).mean(-1, keepdims=True)
     return x * jax.lax.rsqrt(mean + EPSILON) * weights["scale"]
 
 
-def turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def turn(
+    x: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+) -> jax.Array:
     """Return rotary positions of x (rows, length, heads, head)."""
     left, right = jnp.split(x, 2, axis=-1)
     return jnp.concatenate(

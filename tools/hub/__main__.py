@@ -1,4 +1,4 @@
-"""`python -m tools.hub cross | faults | parity`: models of folders, compared."""
+"""`python -m tools.hub COMMAND`: models of folders, compared."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 
 import lepton_jax as lepton
 from lepton_jax.errors import LeptonError
-from tools.hub import checkpoints, parity, reference
+from tools.hub import checkpoints, hosts, parity, reference, stories
 from tools.hub.mutants import mutants
 
 BAR = 1e-4  # of a logit, in float32
@@ -33,8 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=function.__doc__)
         command.add_argument("--family", action="append", choices=checkpoints.AXES)
         command.add_argument("--json", type=Path, help="file for the result")
-        if name == "parity":
+        if name in ("parity", "rounding"):
             command.add_argument("--python", required=True)
+        if name == "parity":
+            command.add_argument("--folder", action="append", default=[], type=Path)
+        if name == "stories":
+            command.add_argument("--data", required=True, type=Path)
     options = parser.parse_args(arguments)
     families = options.family or list(checkpoints.AXES)
     try:
@@ -105,10 +109,34 @@ def against_transformers(
     families: Sequence[str], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Let transformers open what is written, and compare the distributions."""
-    return parity.compare(options.python, families)
+    return parity.compare(options.python, families, options.folder)
 
 
-COMMANDS = {"cross": cross, "faults": faults, "parity": against_transformers}
+def rounding(families: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Compare what bfloat16 does to the distributions here and in transformers."""
+    return parity.rounding(options.python, families)
+
+
+def known_model(families: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Read, compare, write and train a real model of the public data."""
+    folder = options.data / "weights_stories260k"
+    text = options.data / "tinyshakespeare" / "input.txt"
+    return {"families": {"stories260K": stories.look(folder, text)}}
+
+
+def two_hosts(families: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Let two processes read their parts of a folder onto one mesh, and write it."""
+    return {"families": {"llama": hosts.look()}}
+
+
+COMMANDS = {
+    "cross": cross,
+    "faults": faults,
+    "parity": against_transformers,
+    "rounding": rounding,
+    "stories": known_model,
+    "hosts": two_hosts,
+}
 
 
 def _error(case: checkpoints.Case, folder: Path) -> float:

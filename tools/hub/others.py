@@ -3,8 +3,8 @@
     python tools/hub/others.py REQUEST.json ANSWER.npz
 
 It is run as a file, by another interpreter, and imports nothing of this repository.
-The request is a list of [folder, tokens]; the answer has logits float32 (length,
-vocab) under each folder, or under "error/FOLDER" why there are none.
+The request is a list of [name, folder, tokens, dtype]; the answer has logits float32
+(length, vocab) under each name, or under "error/NAME" why there are none.
 """
 
 import json
@@ -22,19 +22,19 @@ def main(request: str, answer: str) -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     found = {"version": np.asarray([transformers.__version__, torch.__version__])}
-    for folder, tokens in json.loads(Path(request).read_text()):
+    for name, folder, tokens, dtype in json.loads(Path(request).read_text()):
         try:
-            found[folder] = logits(folder, tokens)
+            found[name] = logits(folder, tokens, getattr(torch, dtype))
         except Exception as error:
-            found[f"error/{folder}"] = np.asarray(f"{type(error).__name__}: {error}")
+            found[f"error/{name}"] = np.asarray(f"{type(error).__name__}: {error}")
     np.savez(answer, **found)
 
 
-def logits(folder: str, tokens: list[int]) -> np.ndarray:
-    """Return the logits of one row of tokens, computed in float32."""
+def logits(folder: str, tokens: list[int], dtype: torch.dtype) -> np.ndarray:
+    """Return the logits of one row of tokens, computed in a dtype."""
     model, told = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=torch.float32,
+        dtype=dtype,
         attn_implementation="eager",
         output_loading_info=True,
     )

@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from lepton_jax.errors import ModelError, nearest
-from lepton_jax.hub.families.family import Family, canonical
+from lepton_jax.hub.families.family import Family, canonical, difference
 from lepton_jax.hub.families.gemma import GEMMA, GEMMA_2, GEMMA_3
 from lepton_jax.hub.families.gpt2 import GPT_2
 from lepton_jax.hub.families.llama import LLAMA, MISTRAL
 from lepton_jax.hub.families.qwen import QWEN_2, QWEN_3
 from lepton_jax.models import DecoderShape
 
-__all__ = ["FAMILIES", "Family", "canonical", "family_for", "family_of"]
+__all__ = ["FAMILIES", "Family", "canonical", "difference", "family_for", "family_of"]
 
 # In the order in which `family_for` tries them.
 ALL = (LLAMA, MISTRAL, QWEN_2, QWEN_3, GEMMA, GEMMA_2, GEMMA_3, GPT_2)

@@ -97,6 +97,7 @@ class Family:
         "gpt2".
       read: keys to a shape; it takes the keys that it knows.
       write: a shape to keys.
+      tied: whether the head is tied where a configuration does not say it.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Family:
     scheme: str
     read: Callable[[Keys], DecoderShape]
     write: Callable[[DecoderShape], dict[str, Any]]
+    tied: bool = False
 
     def shape_of(
         self,
@@ -169,6 +171,19 @@ class Family:
         except LeptonError:
             return False
         return canonical(again) == canonical(shape)
+
+
+def difference(
+    ours: DecoderShape,
+    theirs: DecoderShape,
+) -> str | None:
+    """Return in which field two shapes differ, and how; None: they are the same."""
+    here = vars(canonical(ours))
+    there = vars(canonical(theirs))
+    for name, value in here.items():
+        if value != there[name]:
+            return f"{name} is {value!r}, and {there[name]!r} there"
+    return None
 
 
 def canonical(shape: DecoderShape) -> DecoderShape:

@@ -170,6 +170,7 @@ GEMMA = Family(
     "llama",
     _read_gemma,
     _write_gemma,
+    tied=True,
 )
 GEMMA_2 = Family(
     "gemma2",
@@ -177,6 +178,7 @@ GEMMA_2 = Family(
     "gemma",
     _read_gemma2,
     _write_gemma2,
+    tied=True,
 )
 GEMMA_3 = Family(
     "gemma3_text",
@@ -184,4 +186,5 @@ GEMMA_3 = Family(
     "gemma",
     _read_gemma3,
     _write_gemma3,
+    tied=True,
 )

@@ -65,4 +65,5 @@ GPT_2 = Family(
     "gpt2",
     _read_gpt2,
     _write_gpt2,
+    tied=True,
 )

@@ -32,7 +32,7 @@ from lepton_jax.compat import ClosedJaxpr
 from lepton_jax.planner.rewrite import forms as choice
 from lepton_jax.planner.rewrite import kept, loops, pooling, products, slices, units
 from lepton_jax.planner.rewrite.forms import Forms
-from lepton_jax.planner.rewrite.program import flat, primitives, run
+from lepton_jax.planner.rewrite.program import equations, flat, run
 from lepton_jax.planner.rewrite.softmax import fused
 
 __all__ = [
@@ -118,14 +118,21 @@ def rewritten(function: Callable) -> Callable:
 
 
 def _passed(program: ClosedJaxpr) -> ClosedJaxpr:
-    """Return a program after all passes that find something to look at."""
-    present = primitives(program.jaxpr)
+    """Return a program after all passes that find something to look at.
+
+    Each pass traces the program anew. Those that would find nothing are left out.
+    """
     wanted = [PASSES[name] for name in _active]
-    if not any(present & part.PRIMITIVES for part in wanted):
+    if not any(_looks(part, program) for part in wanted):
         return program
 
     program = flat(program)
     for part in wanted:
-        if primitives(program.jaxpr) & part.PRIMITIVES:
+        if _looks(part, program):
             program = part.rewrite(program)
     return program
+
+
+def _looks(part: Any, program: ClosedJaxpr) -> bool:
+    """Whether a pass finds something to look at."""
+    return any(map(part.is_candidate, equations(program.jaxpr)))

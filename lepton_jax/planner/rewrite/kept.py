@@ -37,8 +37,6 @@ from lepton_jax.planner.rewrite.program import (
     run_equations,
 )
 
-PRIMITIVES = {"scan"}
-
 # Operations that take less time than reading what they make.
 CHEAP = {
     "add",
@@ -83,6 +81,11 @@ class _Pair(NamedTuple):
     forward: Any
     backward: Any
     remade: dict[int, _Remade]
+
+
+def is_candidate(eqn: Any) -> bool:
+    """Whether an operation is one that the pass may write anew."""
+    return eqn.primitive.name == "scan"
 
 
 def rewrite(program: ClosedJaxpr) -> ClosedJaxpr:

@@ -43,8 +43,6 @@ from lepton_jax.planner.rewrite.program import (
     run_equations,
 )
 
-PRIMITIVES = {"scan"}
-
 SUMS = ("add_any", "add")
 # How a value of a body comes about: it is the same at each step; it is made of a step's
 # slices; or of what is carried, too.
@@ -70,6 +68,11 @@ SIMPLE = {
     "sub",
     "transpose",
 }
+
+
+def is_candidate(eqn: Any) -> bool:
+    """Whether an operation is one that the pass may write anew."""
+    return eqn.primitive.name == "scan"
 
 
 def rewrite(program: ClosedJaxpr) -> ClosedJaxpr:

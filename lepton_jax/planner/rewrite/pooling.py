@@ -39,6 +39,11 @@ PRIMITIVES = {"reduce_window_max", "select_and_scatter_add"}
 MOST_PLACES = 16
 
 
+def is_candidate(eqn: Any) -> bool:
+    """Whether an operation is one that the pass may write anew."""
+    return eqn.primitive.name in PRIMITIVES and _tiles(eqn)
+
+
 def rewrite(program: ClosedJaxpr) -> ClosedJaxpr:
     """Return a flat program with its max pooling as the maximum of slices."""
     uses = Uses(program.jaxpr)
@@ -47,7 +52,7 @@ def rewrite(program: ClosedJaxpr) -> ClosedJaxpr:
 
     def rule(eqn: Any, env: Env) -> list[Any] | None:
         name = eqn.primitive.name
-        if name not in PRIMITIVES or not _tiles(eqn):
+        if not is_candidate(eqn):
             return None
         window = tuple(eqn.params["window_dimensions"])
         operands = operands_of(eqn, env)

@@ -23,11 +23,14 @@ from jax import lax
 from lepton_jax.compat import ClosedJaxpr
 from lepton_jax.planner.rewrite.program import Env, bind, operands_of, retraced
 
-PRIMITIVES = {"dot_general"}
-
 # Fewest rows of a product that is rewritten. Assumption: with few of them the result's
 # transpose, which XLA can no longer leave out, costs as much as is gained.
 FEWEST_ROWS = 512
+
+
+def is_candidate(eqn: Any) -> bool:
+    """Whether an operation is one that the pass may write anew."""
+    return eqn.primitive.name == "dot_general" and _is_over_rows(eqn)
 
 
 def rewrite(program: ClosedJaxpr) -> ClosedJaxpr:
@@ -37,7 +40,7 @@ def rewrite(program: ClosedJaxpr) -> ClosedJaxpr:
         if eqn.primitive.name == "scan":
             body = rewrite(eqn.params["jaxpr"])
             return bind(eqn, operands_of(eqn, env), jaxpr=body)
-        if eqn.primitive.name != "dot_general" or not _is_over_rows(eqn):
+        if not is_candidate(eqn):
             return None
         return [_over_rows(eqn, *operands_of(eqn, env))]
 

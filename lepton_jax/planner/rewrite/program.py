@@ -133,14 +133,17 @@ def operands_of(eqn: Any, env: Env) -> list[Any]:
     return [read(env, variable) for variable in eqn.invars]
 
 
+def equations(jaxpr: Jaxpr) -> Iterator[Any]:
+    """Yield the equations of a program, those of its parts too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in parts(eqn):
+            yield from equations(inner)
+
+
 def primitives(jaxpr: Jaxpr) -> set[str]:
     """Return the names of the operations of a program, those of its parts too."""
-    names = set()
-    for eqn in jaxpr.eqns:
-        names.add(eqn.primitive.name)
-        for inner in parts(eqn):
-            names |= primitives(inner)
-    return names
+    return {eqn.primitive.name for eqn in equations(jaxpr)}
 
 
 def parts(eqn: Any) -> Iterator[Jaxpr]:

@@ -30,8 +30,6 @@ from lepton_jax.planner.rewrite.program import (
     retraced,
 )
 
-PRIMITIVES = {"pad"}
-
 SUMS = ("add_any", "add")
 
 
@@ -48,6 +46,11 @@ class _Part(NamedTuple):
     dim: int
     start: int
     stop: int
+
+
+def is_candidate(eqn: Any) -> bool:
+    """Whether an operation is one that the pass may write anew."""
+    return eqn.primitive.name == "pad"
 
 
 def rewrite(program: ClosedJaxpr) -> ClosedJaxpr:

@@ -27,7 +27,6 @@ from lepton_jax.planner.rewrite.program import (
     Env,
     bind,
     operands_of,
-    primitives,
     retraced,
 )
 
@@ -73,7 +72,16 @@ ELEMENTWISE = {
     "tanh",
 }
 REDUCTIONS = {"reduce_max", "reduce_min", "reduce_sum"}
-PRIMITIVES = {*ELEMENTWISE, *REDUCTIONS, "broadcast_in_dim"}
+
+
+def is_candidate(eqn: Any) -> bool:
+    """Whether an operation is one that the pass may write anew."""
+    name = eqn.primitive.name
+    if name in REDUCTIONS:
+        return bool(_units(eqn.invars[0].aval.shape))
+    if name in ELEMENTWISE or name == "broadcast_in_dim":
+        return bool(_units(eqn.outvars[0].aval.shape))
+    return False
 
 
 def rewrite(program: ClosedJaxpr) -> ClosedJaxpr:
@@ -81,7 +89,7 @@ def rewrite(program: ClosedJaxpr) -> ClosedJaxpr:
 
     def rule(eqn: Any, env: Env) -> list[Any] | None:
         name = eqn.primitive.name
-        if name == "scan" and primitives(eqn.params["jaxpr"].jaxpr) & PRIMITIVES:
+        if name == "scan":
             body = rewrite(eqn.params["jaxpr"])
             return bind(eqn, operands_of(eqn, env), jaxpr=body)
         if name in ELEMENTWISE:

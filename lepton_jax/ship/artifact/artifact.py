@@ -94,7 +94,8 @@ class Artifact:
         """Make an artifact of a trained model.
 
         Args:
-          trainer: a `Trainer` that has fitted, loaded or opened a model.
+          trainer: a `Trainer` that has fitted, loaded or opened a model; its adapters
+            are merged into the weights.
           name: of the model; None: the recipe's.
           version: of the model.
           rows: held-out rows that are stored with the trainer's outputs, at most; of
@@ -106,7 +107,7 @@ class Artifact:
         """
         return cls(
             making.parts_of(
-                trainer,
+                trainer.merged(),
                 name,
                 version,
                 rows,
