@@ -23,6 +23,8 @@ DESCRIPTION = (
 MISTAKE = 2  # exit codes of a shell
 INTERRUPTED = 130
 TOKENS = 200
+TOKENIZER = "tokenizer.json"  # as Hugging Face folders name it
+PIECES = "tokenizer.model"
 SUFFIX = ".json"  # of a file that the library tokenizers wrote
 
 
@@ -66,6 +68,7 @@ def _run(arguments: list[str]) -> None:
         options.step,
         options.devices,
     )
+    file = options.tokenizer or _kept(options.run)
     made = {
         "tokens": options.tokens,
         "temperature": options.temperature,
@@ -74,7 +77,7 @@ def _run(arguments: list[str]) -> None:
         "min_p": options.min_p,
         "stop": tuple(options.stop or ()),
         "seed": options.seed,
-        "tokenizer": _tokenizer(options.tokenizer),
+        "tokenizer": _tokenizer(file),
     }
     if options.json:
         for prompt, row in zip(
@@ -86,7 +89,7 @@ def _run(arguments: list[str]) -> None:
     for prompt in prompts:
         _show(prompt)
         for piece in generate(trainer, [prompt], stream=True, **made):
-            _show(piece.text or ([] if options.tokenizer else piece.tokens.tolist()))
+            _show(piece.text or ([] if file else piece.tokens.tolist()))
         print()
 
 
@@ -136,6 +139,12 @@ def _ids(text: str) -> list[int]:
             where="command line, --prompt-tokens",
             remedy="write e.g. --prompt-tokens 1,2,3",
         ) from None
+
+
+def _kept(run: Path) -> Path | None:
+    """Return the tokenizer's file that `lepton hub import` left next to a model."""
+    files = [Path(run) / "hub" / name for name in (TOKENIZER, PIECES)]
+    return next((file for file in files if file.is_file()), None)
 
 
 def _tokenizer(path: Path | None) -> Any:
@@ -204,8 +213,8 @@ def _parser() -> settings.Parser:
         "--tokenizer",
         type=Path,
         metavar="FILE",
-        help="a tokenizer.json, or a SentencePiece model (default: as the run's text"
-        " was prepared, if by characters)",
+        help="a tokenizer.json, or a SentencePiece model (default: that of the imported"
+        " folder, or as the run's text was prepared, if by characters)",
     )
     add("--recipe", type=Path, metavar="FILE", help="where the run's recipe is now")
     add(

@@ -136,7 +136,8 @@ def prompt_row(
             raise SettingError(
                 "a prompt is text, but there is no tokenizer",
                 where=where,
-                remedy="give tokenizer=..., or token ids",
+                remedy="give tokenizer=... (--tokenizer FILE), or token ids"
+                " (--prompt-tokens 1,2,3)",
             )
         prompt = codec.encode(prompt)
     if not all(is_whole(token) for token in prompt):

@@ -1,6 +1,7 @@
 """`lepton generate` on a saved model."""
 
 import json
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -82,6 +83,18 @@ def test_texts_by_a_tokenizer_of_their_own_and_a_stop_string(
         "tokens": [6, 7, 8, 9],
         "reason": "stop",
     }
+
+
+def test_the_tokenizer_of_an_imported_folder_needs_no_word(
+    saved, tmp_path, capsys, tokenizers
+):
+    imported = tmp_path / "model"
+    shutil.copytree(saved, imported)
+    (imported / "hub").mkdir()
+    (imported / "hub" / "tokenizer.json").write_text("{}")
+    words = ["generate", str(imported), "--prompt", "12", "--tokens", "4"]
+    assert main(words) == 0
+    assert capsys.readouterr().out == "123456\n"
 
 
 @pytest.mark.parametrize(
