@@ -86,8 +86,13 @@ def save(
 
     fresh = folder.with_name(folder.name + ".new")
     agreement.first(lambda: _begin(folder, fresh))
-    plan.write(fresh, shard_bytes)
-    agreement.first(lambda: _finish(folder, fresh, config, origin))
+    try:
+        plan.write(fresh, shard_bytes)
+        agreement.first(lambda: _finish(folder, fresh, config, origin))
+    except BaseException:
+        if agreement.host() == 0:
+            shutil.rmtree(fresh, ignore_errors=True)
+        raise
     return folder
 
 
@@ -201,7 +206,25 @@ class _Written:
             parts[piece.third or 0] = values.T if piece.transposed else values
         ordered = [parts[third] for third in sorted(parts)]
         whole = ordered[0] if len(ordered) == 1 else np.concatenate(ordered, axis=-1)
-        return np.ascontiguousarray(whole.astype(NUMPY[self.dtypes[name]]))
+        return _rounded(name, np.ascontiguousarray(whole), self.dtypes[name])
+
+
+def _rounded(name: str, values: np.ndarray, dtype: str) -> np.ndarray:
+    """Return values in a dtype.
+
+    Raises:
+      CheckpointError: some are too large for it.
+    """
+    with np.errstate(over="ignore"):
+        rounded = values.astype(NUMPY[dtype])
+    if np.isinf(rounded.astype(np.float32)).sum() > np.isinf(values).sum():
+        raise CheckpointError(
+            f"{name} has values of up to {np.abs(values).max():.3g}, too large for"
+            f" {dtype}",
+            where="lepton_jax.hub.save, dtype",
+            remedy='say dtype="bfloat16" (--dtype bfloat16)',
+        )
+    return rounded
 
 
 def _on_host(leaf: Any) -> np.ndarray:

@@ -152,6 +152,17 @@ def test_a_dtype_that_is_asked_for_is_rounded_to(tmp_path):
         lepton.hub.save(opened.module(), tmp_path / "more", dtype="int4")
 
 
+def test_weights_that_are_too_large_for_a_dtype_are_not_written_as_infinity(tmp_path):
+    folder = made(tmp_path / "in", dtype="F16")
+    opened = lepton.hub.open(folder)
+    module = opened.module()
+    module.norm.scale[...] = module.norm.scale[...].at[3].set(1e5)
+    with pytest.raises(lepton.CheckpointError, match=r"up to 1e\+05, too large for"):
+        lepton.hub.save(module, tmp_path / "out", like=opened)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    lepton.hub.save(module, tmp_path / "out", like=opened, dtype="bfloat16")
+
+
 def test_a_module_computes_in_the_dtype_that_it_is_read_in(tmp_path):
     module = lepton.hub.open(made(tmp_path)).module(jnp.bfloat16)
     assert module(jnp.zeros((1, 3), jnp.int32)).dtype == jnp.bfloat16

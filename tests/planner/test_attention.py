@@ -345,6 +345,17 @@ def axis_of(what, names):
     return next(name for name in names if name.endswith(ends[what]))
 
 
+def test_attention_to_all_keys_stays_plain_on_a_cpu(short_attention):
+    def loss(x):
+        return plain(x, x, x, causal=False).sum()
+
+    x = jnp.ones((2, 16, 2, 4))
+    program = jax.make_jaxpr(loss)(x)
+
+    assert forms.forms_for(program, lambda: program, "cpu", 1, 1).attention == ""
+    assert forms.forms_for(program, lambda: program, "gpu", 1, 1).attention == ""
+
+
 def test_rematerialization_keeps_the_result_of_attention(short_attention):
     trace = language().on(lepton.topology("cpu:1"))
 

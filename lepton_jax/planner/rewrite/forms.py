@@ -32,9 +32,10 @@ USUAL_MICRO_BATCHES = 8
 
 
 # Least length of attention that a kernel computes, by platform. On CPUs measured with
-# the 10M model on one core: its step takes 0.91 (256 tokens), 0.91 (512) and 0.74
-# (1,024) of XLA's own (`tools/attention.py`). On TPUs an assumption: a block of the
-# kernel.
+# the 10M model on one core: its forward and backward pass takes 1.04 (128 tokens), 0.93
+# (256), 0.78 (512) and 0.73 (1,024) of the time of plain attention
+# (`tools/attention.py`, benchmarks/attention-cpu.json). On TPUs an assumption: a block
+# of the kernel. On GPUs, too: few blocks gain nothing.
 LEAST_LENGTH = {"cpu": 256, "tpu": 512, "gpu": 1024}
 # Bytes of scores in float32 on a device from which a GPU computes attention in blocks.
 # Assumption: blocks cost more kernels, and save what scores take.
@@ -131,6 +132,8 @@ def _kernel(forward: ClosedJaxpr, platform: str, devices: int) -> str:
         keys = attention.key.aval.shape[1]
         if kernel == "splash" and not splash.takes(length, keys, attention.causal):
             return ""
+        if platform == "cpu" and not attention.causal:
+            return ""  # no block is skipped, and scores would be computed twice
         largest = max(largest, batch * heads * length * keys * FLOAT32 / devices)
     if not found or (platform == "gpu" and largest <= MOST_SCORES):
         return ""
