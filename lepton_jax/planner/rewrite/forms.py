@@ -29,6 +29,8 @@ LEAST_TOKENS = 2048
 # Micro-batches that a plan may choose without pieces below that. Assumption: plans of
 # 8B and 70B on pods have 1 to 8 (`tools/plan.py recipes/lm.py --size 8b`).
 USUAL_MICRO_BATCHES = 8
+# Pieces of a loss. Assumption: what needs more fits nowhere, and is an error anyway.
+MOST_PIECES = 4096
 
 
 # Least length of attention that a kernel computes, by platform. On CPUs measured with
@@ -116,7 +118,8 @@ def _loss_pieces(
         return 1
     tokens = math.prod(shape[:-1]) / devices
     least = LEAST_TOKENS * (micro_batches or USUAL_MICRO_BATCHES)
-    return max(1, min(math.ceil(held / MOST_LOGITS), int(tokens // least)))
+    wanted = min(math.ceil(held / MOST_LOGITS), int(tokens // least))
+    return max(1, min(wanted, MOST_PIECES))
 
 
 def _kernel(forward: ClosedJaxpr, platform: str, devices: int) -> str:

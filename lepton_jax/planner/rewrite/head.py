@@ -201,8 +201,8 @@ def _is_head(eqn: Any) -> bool:
 
 def _divisor(count: int, wanted: int) -> int | None:
     """Return the divisor of a count that is nearest to a wanted one, within 2 times."""
-    divisors = [n for n in range(2, count + 1) if count % n == 0]
-    near = [n for n in divisors if wanted / 2 <= n <= 2 * wanted]
+    least = max(2, -(-wanted // 2))
+    near = [n for n in range(least, 2 * wanted + 1) if count % n == 0]
     if not near:
         return None
     return min(near, key=lambda n: (abs(math.log(n / wanted)), n))
