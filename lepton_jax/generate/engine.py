@@ -48,7 +48,7 @@ class Carry(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """What the draws of a batch depend on, next to the logits.
+    """Settings of the draws of a batch.
 
     Attributes:
       seeds: of the random numbers of each row, uint32 (rows,).

@@ -34,7 +34,7 @@ Rows = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Generated:
-    """What came after one prompt.
+    """The tokens that follow one prompt.
 
     Attributes:
       tokens: int32, with the end token or the one that completed a stop string, if one

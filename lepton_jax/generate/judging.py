@@ -27,7 +27,7 @@ WIDTH = 32  # rows are filled up to a multiple of it, so that few programs are c
 
 @dataclass(frozen=True)
 class Perplexity:
-    """How well a model predicts texts.
+    """A measure of how well a model predicts texts.
 
     Attributes:
       perplexity: exp of the mean loss.
@@ -42,7 +42,7 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Choices:
-    """What a model chose.
+    """The answers that a model chose.
 
     Attributes:
       chosen: number of the answer to each question, int64 (questions,).

@@ -76,7 +76,7 @@ class HubFolder:
 
     @property
     def origin(self) -> Origin:
-        """What an export keeps of the folder."""
+        """The part of the folder that an export keeps."""
         dtypes = {name: DTYPES[part.dtype] for name, part in self.tensors.items()}
         return Origin(
             self.path,

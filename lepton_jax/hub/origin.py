@@ -46,7 +46,7 @@ COMPANIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What an export keeps.
+    """The part of a folder that an export keeps.
 
     Attributes:
       path: the folder.

@@ -24,7 +24,7 @@ MOST_NAMED = 5  # tensors that a message names
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """What a file's header says about a tensor."""
+    """A tensor, as the header of a file describes it."""
 
     file: Path
     shape: tuple[int, ...]
