@@ -205,23 +205,9 @@ def by_hand(
             x = x + mixed.reshape(rows, size, -1) @ parts["out"]["kernel"]
 
             h = norm(x, layer["feed_forward_norm"])
-            parts = layer["feed_forward"]
-            gate = jax.nn.silu(h @ parts["gate"]["kernel"])
-            hidden = gate * (h @ parts["up"]["kernel"])
-            x = x + hidden @ parts["down"]["kernel"]
+            x = x + fed_forward(h, layer["feed_forward"])
         last = norm(x[:, -1], weights["norm"])
         return last @ weights["embed"]["embedding"].T, filled
-
-    def choose(
-        logits: jax.Array,
-        step: Any,
-    ) -> jax.Array:
-        if top_k is None:
-            return logits.argmax(-1).astype(jnp.int32)
-        own = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-        best, tokens = jax.lax.top_k(logits, top_k)
-        chosen = jax.vmap(jax.random.categorical)(own, best)
-        return jnp.take_along_axis(tokens, chosen[:, None], axis=1)[:, 0]
 
     def step(
         i: Any,
@@ -229,13 +215,35 @@ def by_hand(
     ) -> Any:
         tokens, token, caches = carry
         logits, caches = forward(token[:, None], caches, length + i - 1)
-        token = choose(logits, i)
+        token = drawn(logits, keys, i, top_k)
         return tokens.at[:, i].set(token), token, caches
 
     logits, caches = forward(prompts, [(empty, empty)] * len(layers), 0)
-    token = choose(logits, 0)
+    token = drawn(logits, keys, 0, top_k)
     tokens = jnp.zeros((rows, count), jnp.int32).at[:, 0].set(token)
     return jax.lax.fori_loop(1, count, step, (tokens, token, caches))[0]
+
+
+def fed_forward(x: jax.Array, parts: Any) -> jax.Array:
+    """Return SwiGLU of x (rows, length, dim)."""
+    gate = jax.nn.silu(x @ parts["gate"]["kernel"])
+    hidden = gate * (x @ parts["up"]["kernel"])
+    return hidden @ parts["down"]["kernel"]
+
+
+def drawn(
+    logits: jax.Array,
+    keys: jax.Array,
+    step: Any,
+    top_k: int | None,
+) -> jax.Array:
+    """Return the next tokens, int32 (rows,): the best, or drawn of the best `top_k`."""
+    if top_k is None:
+        return logits.argmax(-1).astype(jnp.int32)
+    own = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+    best, tokens = jax.lax.top_k(logits, top_k)
+    chosen = jax.vmap(jax.random.categorical)(own, best)
+    return jnp.take_along_axis(tokens, chosen[:, None], axis=1)[:, 0]
 
 
 def norm(
