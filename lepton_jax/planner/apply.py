@@ -14,8 +14,14 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lepton_jax.compat import at_source, scan_counts
+from lepton_jax.planner.program import around
 from lepton_jax.planner.program.graph import BARRIER, Graph, Operation, Region, Value
-from lepton_jax.planner.program.kernels import BATCH, HEADS, KERNELS, split
+from lepton_jax.planner.program.kernels import (
+    BATCH,
+    HEADS,
+    KERNELS,
+    LENGTH,
+)
 from lepton_jax.planner.program.layout import (
     Contraction,
     Decision,
@@ -24,6 +30,8 @@ from lepton_jax.planner.program.layout import (
     contraction,
 )
 from lepton_jax.planner.program.rules import ELEMENTWISE, SOURCES
+from lepton_jax.planner.rewrite import ring
+from lepton_jax.planner.rewrite.ring import Ring
 from lepton_jax.step.training_loss import argument_paths
 
 # Primitives whose results XLA's own propagation never gets wrong: they need no
@@ -274,19 +282,30 @@ class _Interpreter:
         operands: list[Any],
         decision: Decision,
     ) -> list[Any]:
-        """Run a kernel on each device's samples and heads; XLA can't divide it."""
+        """Run a kernel on each device's samples, heads and, in a ring, tokens.
+
+        XLA can't divide it.
+        """
         specs = []
         for number, value in enumerate(op.inputs):
             assert value is not None
             specs.append(decision.inputs.get(number, self.layout.spec(value)))
         samples = specs[0][BATCH]
         heads = specs[0][HEADS]
+        length = specs[0][LENGTH]
         results = []
         for value in op.outputs:
-            spec = split(value.shape, samples, heads)
+            spec = around.goal(value.shape, samples, heads, length)
             results.append(partition(spec, self.mesh.axis_names))
+        run = partial(_bind, op.eqn)
+        if length:
+            devices = Ring(
+                _axes(length, self.mesh.axis_names),
+                self.layout.counts[length],
+            )
+            run = partial(ring.run, op.name, op.params["how"], devices)
         return jax.shard_map(
-            lambda *local: _bind(op.eqn, list(local)),
+            lambda *local: run(list(local)),
             mesh=self.mesh,
             in_specs=tuple(partition(s, self.mesh.axis_names) for s in specs),
             out_specs=results,

@@ -14,11 +14,11 @@ have the halves
 
     0 7 | 1 6 | 2 5 | 3 4
 
-At each step but the first, two of the four products of halves are seen, each whole: that
-of the high queries with the low keys, and that of the low ones if the keys come from an
-earlier device, else that of the high ones. No device computes what is not seen, but for
-the diagonal's blocks. A part of odd length gets one more position, of a segment of its
-own.
+At each step but the first, two of the four products of halves are seen, each whole:
+that of the high queries with the low keys, and that of the low ones if the keys come
+from an earlier device, else that of the high ones. No device computes what is not seen,
+but in the diagonal's blocks. A part of odd length gets one more position, of a segment
+of its own.
 
 **Windows.** A query sees keys a little way back, so the sequence stays in order, and
 only as many steps are made as the window reaches. Devices at the beginning compute
@@ -35,7 +35,7 @@ parts that nobody sees; the others take as long.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +43,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lepton_jax.planner.rewrite.attention import (
+    ATTENTION,
     HIDDEN,
     How,
     attention_p,
@@ -140,11 +141,25 @@ def work(how: How, local: int, size: int) -> Iterator[tuple[How, int, int]]:
             yield _behind(how, length, step), length, 1
 
 
+def run(name: str, how: How, ring: Ring, arrays: Sequence[Any]) -> list[jax.Array]:
+    """Run attention, or its gradient, on one device of a ring, inside `shard_map`.
+
+    Args:
+      name: of the operation.
+      how: the kind of attention.
+      ring: the devices.
+      arrays: its operands, each this device's part of the sequence.
+    """
+    if name == ATTENTION:
+        return forward(*arrays, how=how, ring=ring)
+    return backward(*arrays, how=how, ring=ring)
+
+
 def forward(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    segments: jax.Array | None,
+    *segments: jax.Array,
     how: How,
     ring: Ring,
 ) -> list[jax.Array]:
@@ -154,12 +169,12 @@ def forward(
       query: (batch, length, heads, width), this device's part of the sequence.
       key: (batch, length, key heads, width).
       value: likewise.
-      segments: (batch, length), or None.
+      *segments: (batch, length), if there are some.
       how: the kind of attention.
       ring: the devices.
     """
     local = query.shape[1]
-    cut = _cut(query, key, value, segments, how, ring)
+    cut = _cut((query, key, value), segments, how, ring)
     wide = jnp.promote_types(query.dtype, jnp.float32)
     parts, batch, length, heads, _ = cut.query.shape
     sofar = (
@@ -177,32 +192,18 @@ def forward(
     return [out, _together(sums, 3, local, how, ring)]
 
 
-def backward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    out: jax.Array,
-    sums: jax.Array,
-    cotangent: jax.Array,
-    segments: jax.Array | None,
-    how: How,
-    ring: Ring,
-) -> list[jax.Array]:
+def backward(*arrays: jax.Array, how: How, ring: Ring) -> list[jax.Array]:
     """Return a device's part of the gradients by query, key and value.
 
     Args:
-      query: as for `forward`, as are `key`, `value`, `segments`, `how` and `ring`.
-      key: likewise.
-      value: likewise.
-      out: the result of `forward`.
-      sums: likewise.
-      cotangent: of `out`.
-      segments: likewise.
-      how: likewise.
-      ring: likewise.
+      *arrays: query, key and value as for `forward`, its two results, the cotangent of
+        the first, and segments if there are some.
+      how: the kind of attention.
+      ring: the devices.
     """
+    query, key, value, out, sums, cotangent, *segments = arrays
     local = query.shape[1]
-    cut = _cut(query, key, value, segments, how, ring)
+    cut = _cut((query, key, value), segments, how, ring)
     others = (
         _parts(out, 1, how, ring),
         _parts(sums, 2, how, ring),
@@ -396,23 +397,15 @@ def _as_factor(sums: jax.Array) -> jax.Array:
 # ---- internals: halves ----
 
 
-def _cut(
-    query: Any,
-    key: Any,
-    value: Any,
-    segments: Any,
-    how: How,
-    ring: Ring,
-) -> Cut:
+def _cut(arrays: Sequence[Any], segments: Sequence[Any], how: How, ring: Ring) -> Cut:
     """Return a device's arrays in parts, halves exchanged if there are some."""
-    if halved(how) and query.shape[1] % 2:
-        own = jnp.zeros(query.shape[:2]) if segments is None else segments
+    batch, length, *_ = arrays[0].shape
+    if halved(how) and length % 2:
+        own = segments[0] if segments else jnp.zeros((batch, length))
         own = own.astype(jnp.int32)
-        segments = jnp.pad(own, ((0, 0), (0, 1)), constant_values=NOBODY)
-    arrays = [_parts(x, 1, how, ring) for x in (query, key, value)]
-    if segments is None:
-        return Cut(*arrays, None)
-    return Cut(*arrays, _parts(segments, 1, how, ring))
+        segments = [jnp.pad(own, ((0, 0), (0, 1)), constant_values=NOBODY)]
+    query, key, value, *others = (_parts(x, 1, how, ring) for x in (*arrays, *segments))
+    return Cut(query, key, value, others[0] if others else None)
 
 
 def _parts(x: jax.Array, dim: int, how: How, ring: Ring) -> jax.Array:

@@ -17,6 +17,7 @@ from lepton_jax.errors import PlanError, nearest
 from lepton_jax.hardware import Topology
 from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.patience import LIMIT_SECONDS
+from lepton_jax.planner.plans import CONTEXTS
 from lepton_jax.planner.program.graph import Value
 from lepton_jax.planner.program.layout import Spec
 from lepton_jax.planner.program.named import Names
@@ -37,6 +38,7 @@ class Request:
     remat: str | None = None
     micro_batches: int | None = None
     time_limit: float | None = LIMIT_SECONDS
+    context: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Pins:
       groups: name of a named axis to the mesh axes that split it, apart from those that
         split the batch.
       storage: parameter's path to the spec with which it is kept.
-      remat, micro_batches: None: the search decides.
+      remat, micro_batches, context: None: the search decides.
     """
 
     meshes: tuple[tuple[int, ...], ...] = ()
@@ -58,6 +60,7 @@ class Pins:
     storage: Mapping[str, Spec] = field(default_factory=dict)
     remat: str | None = None
     micro_batches: int | None = None
+    context: str | None = None
 
     def force(
         self,
@@ -92,6 +95,7 @@ def read(
     """
     where = f"plan for {topology.name}"
     _check_remat(request.remat, where)
+    _check_context(request.context, where)
     micro_batches = request.micro_batches
     if micro_batches is None:
         micro_batches = trace.recipe.micro_batches
@@ -105,7 +109,11 @@ def read(
                 where=where,
                 remedy='give the mesh as well, e.g. mesh={"fsdp": 8, "tensor": 4}',
             )
-        return Pins(remat=request.remat, micro_batches=micro_batches)
+        return Pins(
+            remat=request.remat,
+            micro_batches=micro_batches,
+            context=request.context,
+        )
 
     _check_mesh(request.mesh, topology, where)
     reader = _Reader(names, request.mesh, where)
@@ -120,6 +128,7 @@ def read(
         storage=reader.storage,
         remat=request.remat,
         micro_batches=micro_batches,
+        context=request.context,
     )
 
 
@@ -132,6 +141,15 @@ def _check_remat(remat: str | None, where: str) -> None:
             f"remat {remat!r} is not known{nearest(str(remat), POLICIES)}",
             where=where,
             remedy=f"use one of {', '.join(POLICIES)}",
+        )
+
+
+def _check_context(context: str | None, where: str) -> None:
+    if context is not None and context not in CONTEXTS:
+        raise PlanError(
+            f"context {context!r} is not known{nearest(str(context), CONTEXTS)}",
+            where=where,
+            remedy=f"use one of {', '.join(CONTEXTS)}",
         )
 
 
