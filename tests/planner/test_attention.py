@@ -195,7 +195,7 @@ def test_windows_and_segments_are_found():
         given = (query, key, value, segments)
 
         how = found.how("blocks")
-        assert how == How(True, pytest.approx(8**-0.5), "blocks", behind=3)
+        assert how == attention.How(True, pytest.approx(8**-0.5), "blocks", behind=3)
         assert found.segments is not None
         assert_close([function(*given)], [faster(*given)])
 
