@@ -209,7 +209,9 @@ class _Interpreter:
             else:
                 # Without the first constraint XLA would carry the second one back into
                 # the operation that makes the operand.
-                moved[number] = self._put(self._put(x, lies), spec)
+                for place in (lies, *_between(lies, spec), spec):
+                    x = self._put(x, place)
+                moved[number] = x
         return moved
 
     def _constrain_results(
@@ -469,6 +471,30 @@ class _Interpreter:
             branches,
             *operands[1:],
         )
+
+
+def _between(lies: Spec, wanted: Spec) -> list[Spec]:
+    """Return specs on the way, where several mesh axes move from dim to dim.
+
+    Each step moves one, outermost first: an all-to-all. XLA (libtpu 0.0.42, the
+    gradient of an embedding whose tokens are split by sample and by position) gathers
+    the whole array where two move at once.
+
+    >>> _between((0b01, 0b10, 0), (0, 0, 0b11))
+    [(0, 2, 1)]
+    """
+    steps = []
+    spec = list(lies)
+    moving = [d for d, mask in enumerate(lies) if mask & ~wanted[d]]
+    for axis in range(max((*lies, *wanted), default=0).bit_length()):
+        bit = 1 << axis
+        sources = [d for d in moving if spec[d] & bit & ~wanted[d]]
+        goals = [d for d, mask in enumerate(wanted) if mask & bit & ~spec[d]]
+        if len(sources) == len(goals) == 1:
+            spec[sources[0]] &= ~bit
+            spec[goals[0]] |= bit
+            steps.append(tuple(spec))
+    return steps[:-1]
 
 
 def _axes(
