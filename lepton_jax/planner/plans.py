@@ -35,6 +35,7 @@ SINCE = {
     "loss_pieces",
     "attention",
     "context",
+    "flags",
 }
 # kinds of bytes that XLA decides
 DECIDED_BY_XLA = ("gradients", "activations", "temporaries")
@@ -173,6 +174,8 @@ class Plan:
         about; 1: all logits are there at once.
       attention: the kernel that computes attention: "blocks", "splash" (TPUs), or "":
         the model's own operations.
+      flags: XLA's options of the compiled step, by name; those that this XLA does not
+        know are left out.
       context: how attention meets a sequence that is split: "all-to-all": devices
         exchange parts of it for heads, as far as there are heads; "ring": keys and
         values go around; "": it is not split.
@@ -207,6 +210,7 @@ class Plan:
     loss_pieces: int = 1
     attention: str = ""
     context: str = ""
+    flags: dict[str, Any] = field(default_factory=dict)
 
     # How a plan shows itself, by form: "text" and "html". The package fills them in,
     # since the room `show` knows plans, and a plan knows nothing of pictures.

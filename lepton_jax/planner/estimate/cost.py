@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -75,6 +75,7 @@ from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.planner.xla import operations
 from lepton_jax.planner.xla.figures import HIDDEN_SHARE
+from lepton_jax.planner.xla.flags import KEEPS_GATHERS
 from lepton_jax.planner.xla.operations import DOTS
 from lepton_jax.trees import by_path, nbytes
 
@@ -147,6 +148,7 @@ class Cost:
       names: named axes of the graph of a rematerialization policy.
       topology: chips and links.
       sizes: bytes of the graph's values, if they exist already.
+      flags: XLA's, as in `Plan`.
     """
 
     def __init__(
@@ -155,9 +157,11 @@ class Cost:
         names: Names,
         topology: Topology,
         sizes: Sizes | None = None,
+        flags: Mapping[str, Any] | None = None,
     ):
         self.names = names
         self.topology = topology
+        self.flags = flags or {}
         self.chip = topology.device
         self.graph = names.graph
         self.prefers = meets_stored(self.graph)
@@ -467,6 +471,7 @@ class Cost:
             move.kind,
             layout.counts[move.axes],
             self.topology,
+            self.flags,
         )
         value = job.gather or moved_value(job.op, job.product, move)
         bytes_ = move.bytes * self.motion.sent_share(job.op, value, move.kind)
@@ -737,12 +742,19 @@ def as_compiled(
     kind: str,
     count: int,
     topology: Topology,
+    flags: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the collective that XLA makes of one over `count` devices.
 
     Its CPU backend has no reduce-scatter (jaxlib 0.10 and 0.12). On a TPU it has none
     over the whole of a square torus of `WHOLE_TORUS` chips or more either, nor an
-    all-gather over the whole of a cube.
+    all-gather over the whole of a cube, unless a flag keeps it.
+
+    Args:
+      kind: such as "all-gather".
+      count: devices.
+      topology: where they are.
+      flags: XLA's, as in `Plan`.
     """
     if topology.platform == "cpu":
         return "all-reduce" if kind == "reduce-scatter" else kind
@@ -750,7 +762,8 @@ def as_compiled(
     shape = topology.shape
     square = torus and len(shape) == torus and len(set(shape)) == 1
     whole = count == topology.devices and topology.chips >= WHOLE_TORUS
-    missing = ("reduce-scatter", "all-gather") if torus == 3 else ("reduce-scatter",)
+    loses_gathers = torus == 3 and not (flags or {}).get(KEEPS_GATHERS)
+    missing = ("reduce-scatter", "all-gather") if loses_gathers else ("reduce-scatter",)
     return "all-reduce" if square and whole and kind in missing else kind
 
 
