@@ -761,7 +761,8 @@ def as_compiled(
     torus = topology.chip.torus
     shape = topology.shape
     square = torus and len(shape) == torus and len(set(shape)) == 1
-    whole = count == topology.devices and topology.chips >= WHOLE_TORUS
+    chips = topology.chips // topology.slices
+    whole = count * topology.slices == topology.devices and chips >= WHOLE_TORUS
     loses_gathers = torus == 3 and not (flags or {}).get(KEEPS_GATHERS)
     missing = ("reduce-scatter", "all-gather") if loses_gathers else ("reduce-scatter",)
     return "all-reduce" if square and whole and kind in missing else kind
