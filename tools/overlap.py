@@ -1,9 +1,9 @@
-"""Count the collectives that XLA's schedule runs beside products, with flags and without.
+"""Count the collectives that run beside products, with XLA's flags and without.
 
     python tools/overlap.py --out benchmarks/overlap.json
 
-A step of `recipes/lm.py` is planned, compiled ahead of time for TPUs that are not there
-until XLA has scheduled it, and its text read (`verify.schedule`): once with the flags of
+A step of `recipes/lm.py` is planned, compiled for TPUs that are not there until XLA has
+scheduled it, and its text is read (`verify.schedule`): once with the flags of
 `planner.xla.flags`, once without.
 """
 
@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import lepton_jax as lepton
-from lepton_jax.cli.plan import _traced as traced
+from lepton_jax.data import sample, settled
 from lepton_jax.errors import PlanError
-from lepton_jax.planner import Plan, Trace
+from lepton_jax.planner import Plan, Trace, trace
 from lepton_jax.planner.probe import early
 from lepton_jax.train.program import Program
 from lepton_jax.verify.probing import devices_of
@@ -49,10 +49,10 @@ CASES = (
 )
 
 
-def compiled(trace: Trace, plan: Plan) -> dict[str, Any]:
+def compiled(made: Trace, plan: Plan) -> dict[str, Any]:
     """Return the collectives of a plan's schedule, and XLA's peak."""
     devices = devices_of(plan, lepton.topology(plan.topology))
-    program = Program(trace, replace(plan, steps_per_call=1), devices)
+    program = Program(made, replace(plan, steps_per_call=1), devices)
     flat = list(getattr(devices, "flat", devices))
     placed = early.placed(program.lower(), flat)
     kinds = schedule(placed.text)
@@ -66,13 +66,13 @@ def compiled(trace: Trace, plan: Plan) -> dict[str, Any]:
 
 def measured(case: Case) -> dict[str, Any]:
     """Return both schedules of a case."""
-    trace = traced(recipe(size=case.size, **case.settings))
+    made = _traced(recipe(size=case.size, **case.settings))
     row: dict[str, Any] = {**case._asdict()}
     for name, flags in (("with", None), ("without", {})):
-        plan = lepton.plan(trace, lepton.topology(case.topology), flags=flags)
+        plan = lepton.plan(made, lepton.topology(case.topology), flags=flags)
         row["plan"] = plan.name
         try:
-            row[name] = compiled(trace, plan)
+            row[name] = compiled(made, plan)
         except PlanError as error:
             row[name] = {"error": error.what}
             print(f"{case.topology} {case.size} {name}: {error.what}", flush=True)
@@ -80,6 +80,11 @@ def measured(case: Case) -> dict[str, Any]:
         row[name]["predicted_seconds"] = plan.step_seconds
         print(f"{case.topology} {case.size} {name} flags: {_spelled(row[name])}")
     return row
+
+
+def _traced(asked: lepton.Recipe) -> Trace:
+    data = settled(asked.train)
+    return trace(asked, *sample(data))
 
 
 def _spelled(found: dict[str, Any]) -> str:
