@@ -25,8 +25,17 @@ from lepton_jax.trees import by_path
 
 # what a plan may be best in: time of a step, memory of a device, price of a step
 OBJECTIVES = ("time", "memory", "cost")
+# how attention meets a sequence that is split over devices
+CONTEXTS = ("all-to-all", "ring")
 # fields that plans of older versions lack
-SINCE = {"peak_least", "peak_bound", "peak_source", "loss_pieces", "attention"}
+SINCE = {
+    "peak_least",
+    "peak_bound",
+    "peak_source",
+    "loss_pieces",
+    "attention",
+    "context",
+}
 # kinds of bytes that XLA decides
 DECIDED_BY_XLA = ("gradients", "activations", "temporaries")
 # the key in `Plan.reasons` of a plan that is not the very best
@@ -164,6 +173,9 @@ class Plan:
         about; 1: all logits are there at once.
       attention: the kernel that computes attention: "blocks", "splash" (TPUs), or "":
         the model's own operations.
+      context: how attention meets a sequence that is split: "all-to-all": devices
+        exchange parts of it for heads, as far as there are heads; "ring": keys and
+        values go around; "": it is not split.
     """
 
     topology: str
@@ -194,6 +206,7 @@ class Plan:
     peak_source: str = ""
     loss_pieces: int = 1
     attention: str = ""
+    context: str = ""
 
     # How a plan shows itself, by form: "text" and "html". The package fills them in,
     # since the room `show` knows plans, and a plan knows nothing of pictures.
@@ -335,6 +348,7 @@ class Plan:
             uses,
             storage,
             meets_stored(graph),
+            ring=self.context == "ring",
         )
 
     def check(
