@@ -42,10 +42,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-<<<<<<< HEAD
 from lepton_jax.planner.program import around
-from lepton_jax.planner.program.graph import BARRIER, KEEPING, Graph, Operation, Value
-=======
 from lepton_jax.planner.program.graph import (
     BARRIER,
     IN_PART,
@@ -54,7 +51,6 @@ from lepton_jax.planner.program.graph import (
     Operation,
     Value,
 )
->>>>>>> main
 from lepton_jax.planner.program.kernels import (
     BATCH,
     KERNELS,

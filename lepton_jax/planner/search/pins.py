@@ -17,11 +17,8 @@ from lepton_jax.errors import PlanError, nearest
 from lepton_jax.hardware import Topology
 from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.patience import LIMIT_SECONDS
-<<<<<<< HEAD
 from lepton_jax.planner.plans import CONTEXTS
-=======
 from lepton_jax.planner.program import keeping
->>>>>>> main
 from lepton_jax.planner.program.graph import Value
 from lepton_jax.planner.program.layout import Spec
 from lepton_jax.planner.program.named import Names
@@ -98,12 +95,8 @@ def read(
         multiply up or don't divide.
     """
     where = f"plan for {topology.name}"
-<<<<<<< HEAD
-    _check_remat(request.remat, where)
     _check_context(request.context, where)
-=======
     _check_remat(request.remat, trace, where)
->>>>>>> main
     micro_batches = request.micro_batches
     if micro_batches is None:
         micro_batches = trace.recipe.micro_batches
