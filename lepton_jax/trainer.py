@@ -261,7 +261,8 @@ class Trainer:
           objective: "time", "memory" or "cost": what is to be least.
           mesh: mesh axis name to size; None: the search decides.
           pins: pattern of parameter paths to the PartitionSpec to use.
-          remat: "none", "dots" or "full"; None: the mildest that fits.
+          remat: "none", "dots", "full" or "keep ...", as a plan shows it; None: the
+            mildest that fits.
           micro_batches: parts of a batch; None: the recipe's, or the fewest that fit.
           context: "all-to-all" or "ring": how attention meets a sequence that is split;
             None: the faster.

@@ -51,7 +51,8 @@ def plan(
       mesh: mesh axis name to size, outermost first; None: the search decides.
       pins: pattern of parameter paths ("**/embedding") to the PartitionSpec with which
         they are kept, over axes of `mesh`.
-      remat: "none", "dots" or "full"; None: the mildest that fits.
+      remat: "none", "dots", "full" or "keep ...", as a plan shows it; None: the mildest
+        that fits.
       micro_batches: parts of a batch; None: the recipe's, or the fewest that fit.
       time_limit: seconds of computing after which the search stops and the best plan so
         far is taken, which the plan's notes then say; None: no limit. What takes longer

@@ -152,7 +152,7 @@ class Plan:
       axes: the named axes that were found, largest first.
       batch_size, micro_batches: samples a step, and parts in which they pass through
         the model.
-      remat: rematerialization: "none", "dots" or "full".
+      remat: rematerialization: "none", "dots", "full", or what is kept (`keeping`).
       unroll_micro_batches: micro-batches as straight code instead of a loop.
       steps_per_call: steps that one XLA call runs.
       data: "resident": the training data lies on each device, and a batch is gathered
