@@ -17,7 +17,7 @@ w[512, 256], on eight devices:
    loop does not change run outside of it (`motion`). `Link.seconds` gives the seconds
    of each.
 4. Gathers of parameters and reductions of gradients run while the device computes
-   (XLA's latency-hiding scheduler on TPU and GPU): only `HIDDEN_SHARE` of them shows,
+   (the latency-hiding scheduler on TPU and GPU): a share of them shows (`xla.figures`),
    or what is longer than the computing. What moves activations waits for them and is
    waited for. On a CPU nothing overlaps, and all-gathers are not joined.
 5. Elementwise operations read and write each value once per fused group (`traffic`).
@@ -74,8 +74,8 @@ from lepton_jax.planner.program.layout import (
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.planner.xla import operations
-from lepton_jax.planner.xla.figures import HIDDEN_SHARE
-from lepton_jax.planner.xla.flags import KEEPS_GATHERS
+from lepton_jax.planner.xla.figures import HIDDEN_SHARE, WAITED_SHARE
+from lepton_jax.planner.xla.flags import FUSES, KEEPS_GATHERS
 from lepton_jax.planner.xla.operations import DOTS
 from lepton_jax.trees import by_path, nbytes
 
@@ -245,7 +245,7 @@ class Cost:
         waiting = self._communication(shown, ledger)
         waiting += sum(self._passed_on(move, ledger) for move in ringed)
         alongside = self._communication(hidden, ledger)
-        waiting += self._exposed(alongside, compute + memory)
+        waiting += self._exposed(alongside, compute + memory, self._waited())
         seconds = {
             "matmul": compute,
             "memory": memory,
@@ -276,16 +276,24 @@ class Cost:
         self,
         hidden: float,
         busy: float,
+        share: float,
     ) -> float:
         """Return the part of hidden communication that shows.
 
         Args:
           hidden: seconds of communication that runs while the device computes.
           busy: seconds of computing.
+          share: of the communication that shows in any case.
         """
         if self.topology.platform == "cpu":
             return hidden
-        return max(HIDDEN_SHARE * hidden, hidden - busy)
+        return max(share * hidden, hidden - busy)
+
+    def _waited(self) -> float:
+        """Return the share of gathers and sums of parameters that is waited for."""
+        if self.topology.platform != "tpu":
+            return HIDDEN_SHARE
+        return WAITED_SHARE if self.flags.get(FUSES) else 1.0
 
     def layout(self, assignment: Assignment) -> Layout:
         """Return how the assignment splits each value and operation."""
@@ -451,7 +459,7 @@ class Cost:
         once = self._links[move.axes].seconds(move.kind, move.bytes)
         if (move.kind, move.axes) in ledger:
             ledger[move.kind, move.axes][2] += once * move.runs
-        return move.runs * self._exposed(once, move.beside)
+        return move.runs * self._exposed(once, move.beside, HIDDEN_SHARE)
 
     def _compiled(
         self,

@@ -60,6 +60,9 @@ BY_PLATFORM = {"tpu": TPU, "gpu": GPU, "cuda": GPU, "rocm": GPU}
 # With it, all-gathers over the whole of a torus stay what they are.
 KEEPS_GATHERS = "xla_tpu_prefer_async_allgather_to_allreduce"
 
+# With it, and others, products and collectives run as one kernel.
+FUSES = "xla_tpu_enable_async_collective_fusion"
+
 # XLA's words for an option that it does not know.
 REFUSAL = re.compile(r"No such compile option: '(\w+)'")
 
