@@ -57,6 +57,7 @@ from lepton_jax.planner.program.graph import (
     Value,
 )
 from lepton_jax.planner.program.kernels import KERNELS, attention_flops
+from lepton_jax.planner.program.ruled import Choice, own_bytes, own_flops
 from lepton_jax.planner.program.layout import (
     Contraction,
     Decision,
@@ -385,6 +386,8 @@ class Cost:
         collectives = self._compiled(moves, job, layout)
         if job.op.name in KERNELS:
             return self._kernel(job.op, layout, decision, collectives)
+        if decision.choice is not None:
+            return self._own(job.op, decision.choice, collectives)
         if job.op.name not in DOTS or job.product is None:
             return Work(0.0, 0.0, collectives)
 
@@ -411,6 +414,21 @@ class Cost:
         share = layout.bytes(query, spec) / operations.size(query)
         flops = share * attention_flops(op)
         seconds = attention_seconds(op, self.chip) * share + self.chip.op_seconds
+        return Work(seconds, flops, collectives)
+
+    def _own(
+        self,
+        op: Operation,
+        choice: Choice,
+        collectives: tuple[Collective, ...],
+    ) -> Work:
+        """Return the work of an operation with a user's rule: a roofline."""
+        chip = self.chip
+        flops = choice.share * own_flops(op.eqn)
+        computes = flops / (chip.peak(op.outputs[0].dtype) * chip.matmul_fraction)
+        moved = choice.share * own_bytes(op.eqn)
+        moves = moved / (chip.bandwidth * chip.memory_fraction)
+        seconds = max(computes, moves) + chip.op_seconds
         return Work(seconds, flops, collectives)
 
     def _compiled(

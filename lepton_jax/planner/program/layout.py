@@ -51,6 +51,9 @@ from lepton_jax.planner.program.kernels import (
     split,
 )
 
+from lepton_jax.planner.program.ruled import Choice, decided
+from lepton_jax.planner.rewrite.own import OWN_OPERATIONS
+
 # A mask of mesh axes for each dim; mesh axis i is bit 1 << i.
 Spec = tuple[int, ...]
 
@@ -260,11 +263,13 @@ class Decision:
         that is not the one in which it lies.
       natural: the spec that the result has by itself; None: the wanted one.
       moves: the collectives that this takes.
+      choice: of an operation with a user's rule: how it is split.
     """
 
     inputs: dict[int, Spec]
     natural: Spec | None
     moves: tuple[Move, ...]
+    choice: Choice | None = None
 
 
 class _Split(NamedTuple):
@@ -416,6 +421,8 @@ class Layout:
             return self._contract(op, product, specs, wanted, moves)
         if op.name in KERNELS:
             return self._attend(op, specs)
+        if op.name in OWN_OPERATIONS:
+            return self._own(op, specs, moves)
 
         for number, dim in op.whole:
             spec = specs.get(number, ())
@@ -472,6 +479,23 @@ class Layout:
             sizes = [self.bytes(value, self.spec(value)) for value in op.outputs]
             moves += [Move("all-to-all", length, size, "out") for size in sizes]
         return Decision(wanted, None, tuple(moves))
+
+    def _own(
+        self,
+        op: Operation,
+        specs: dict[int, Spec],
+        moves: list[Move],
+    ) -> Decision:
+        """Decide how an operation with a user's rule is split."""
+        choice = decided(self, op, specs)
+        wanted = {}
+        for number, spec in choice.inputs.items():
+            value = op.inputs[number]
+            assert value is not None
+            if spec != self.spec(value):
+                wanted[number] = spec
+        own_moves = [Move(*move) for move in choice.moves]
+        return Decision(wanted, None, (*moves, *own_moves), choice)
 
     def _gather(
         self,

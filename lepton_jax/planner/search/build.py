@@ -210,7 +210,8 @@ def _notes(
     for name, count in names.graph.unknown.items():
         notes.append(
             f"there is no rule for the primitive {name!r} ({count} of them): its"
-            " operands are whole on each device"
+            " operands are whole on each device; lepton.planner.rule says how they may"
+            " be split (docs/kernels.md)"
         )
     return [*notes, *trace.tables.hints, *trace.tables.refused]
 
