@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import doctest
 import math
+import re
+import sys
 from functools import partial
 
 import jax
@@ -16,10 +18,13 @@ from jax.experimental import pallas as pl
 
 import lepton_jax as lepton
 from lepton_jax import losses
-from lepton_jax.planner.program import named, ruled
-from lepton_jax.planner.rewrite import notation, own
+from lepton_jax.planner.program import named, remat, ruled
+from lepton_jax.planner.program.graph import Graph
+from lepton_jax.planner.program.layout import Layout
+from lepton_jax.planner.rewrite import notation, own, rule
 from lepton_jax.planner.search import build
 from lepton_jax.train.program import Program
+from lepton_jax.verify.comparison import verify
 
 RTOL = 1e-5
 BATCH, LENGTH, WIDTH = 8, 6, 16
@@ -31,7 +36,7 @@ def compiled_quickly(quick_compilation):
     """Spend no time on fast programs."""
 
 
-@pytest.mark.parametrize("module", (notation, own), ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", (notation, own, rule), ids=lambda m: m.__name__)
 def test_the_examples_of_rules_hold(module):
     assert doctest.testmod(module).failed == 0
 
@@ -81,12 +86,16 @@ def pulled(interpret, saved, slope):
 unruled.defvjp(kept, pulled)
 
 DIMS = "... width, width -> ... width"
-ruled_rows = lepton.planner.rule(DIMS, whole="width", saves="... _")(
-    lambda x, scale, interpret=False: unruled(x, scale, interpret)
-)
-again = lepton.planner.rule(DIMS, whole="width", name="again")(
-    lambda x, scale, interpret=False: unruled(x, scale, interpret)
-)
+
+
+@lepton.planner.rule(DIMS, whole="width", saves="... _")
+def ruled_rows(x, scale, interpret=False):
+    return unruled(x, scale, interpret)
+
+
+@lepton.planner.rule(DIMS, whole="width")
+def again(x, scale, interpret=False):
+    return unruled(x, scale, interpret)
 
 
 def plain(x, scale):
@@ -154,26 +163,231 @@ def small_arrays_split(monkeypatch):
     monkeypatch.setattr(named, "SMALL", 0)
 
 
-@pytest.mark.parametrize("norm", (ruled_rows, again), ids=lambda norm: norm.__name__)
-@pytest.mark.parametrize(
-    ("sizes", "masks", "keep", "remat"),
-    [
-        ((1,), {}, 0, "none"),
-        ((8,), {"batch": 1}, 1, "dots"),
-        ((2, 4), {"batch": 1, "down.0": 2}, 1, "full"),
-    ],
-    ids=["one device", "fsdp", "the whole dim split"],
-)
-def test_a_kernel_with_a_rule_trains_as_plain_jax(
-    norm, sizes, masks, keep, remat, expected
-):
-    trace = traced(norm)
-    if norm is again and len(sizes) == 1:
-        pytest.skip("the other kernel has this case")
-    names = named.Names(trace.gradient("none"), trace.arguments)
-    known = [group.name for group in names.groups]
-    masks = {next(k for k in known if k in (m, "up.1", "scale.0") and (m == "batch") == (k == "batch")): v for m, v in masks.items()}
+def stated(dims, **more):
+    """Return the rows' kernel with another rule."""
 
-    np.testing.assert_allclose(
-        trained(*planned(trace, sizes, masks, keep, remat)), expected, rtol=RTOL
-    )
+    def rows(x, scale, interpret=False):
+        return unruled(x, scale, interpret)
+
+    return lepton.planner.rule(dims, **more)(rows)
+
+
+# ---- it trains ----
+
+WAYS = {
+    "one device": ((1,), {}, 0, "none"),
+    "fsdp": ((8,), {"batch": 1}, 1, "dots"),
+    "the whole dim split": ((2, 4), {"batch": 1, "scale.0": 2}, 0, "full"),
+}
+
+
+@pytest.mark.parametrize(
+    ("norm", "way"),
+    [
+        (ruled_rows, "one device"),
+        (ruled_rows, "fsdp"),
+        (ruled_rows, "the whole dim split"),
+        (again, "fsdp"),
+        (unruled, "fsdp"),
+    ],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_a_kernel_trains_as_plain_jax(norm, way, expected):
+    sizes, masks, keep, remat = WAYS[way]
+    trace = traced(norm)
+
+    losses_ = trained(*planned(trace, sizes, masks, keep, remat))
+
+    np.testing.assert_allclose(losses_, expected, rtol=RTOL)
+
+
+@pytest.mark.parametrize("shape", ((3, 5), (2, 3, 5), (7, 1)))
+def test_values_and_gradients_are_those_of_plain_jax(shape):
+    x = jax.random.normal(jax.random.key(0), shape)
+    scale = jnp.arange(1.0, 1 + shape[-1])
+
+    def both(norm):
+        def loss(x, scale):
+            return jnp.sin(norm(x, scale)).sum()
+
+        mapped = jax.vmap(lambda x: norm(x, scale))
+        return (
+            *jax.value_and_grad(loss, (0, 1))(x, scale),
+            jax.grad(lambda x: mapped(x).sum())(jnp.stack([x, 2 * x])),
+        )
+
+    for norm in (ruled_rows, again):
+        pairs = zip(*map(jax.tree.leaves, (both(plain), both(norm))), strict=True)
+        for known, found in pairs:
+            np.testing.assert_allclose(found, known, rtol=RTOL, atol=RTOL)
+
+
+# ---- it is planned ----
+
+
+def operations(function, *shapes):
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    graph = Graph(jax.make_jaxpr(function)(*args))
+    return graph, [op for op in graph.operations() if op.name in own.OWN_OPERATIONS]
+
+
+def choice_of(function, shapes, splits, sizes=(2,)):
+    """Return how the last operation is split, its operands being split already.
+
+    Args:
+      function: of arrays.
+      shapes: of its operands.
+      splits: (operand, dim) to the mask of its mesh axes.
+      sizes: of the mesh axes.
+    """
+    graph, found = operations(function, *shapes)
+    uses = {}
+    for (number, dim), mask in splits.items():
+        uses[graph.find(graph.main.inputs[number].nodes[dim])] = mask
+    layout = Layout(graph, sizes, uses, [])
+    return layout.decide(found[-1], None).choice
+
+
+def test_rows_stay_split_and_the_gradient_of_the_scale_is_a_sum():
+    def slopes(x, scale):
+        return jax.grad(lambda x, s: ruled_rows(x, s).sum(), (0, 1))(x, scale)
+
+    choice = choice_of(slopes, [(8, 4), (4,)], {(0, 0): 1})
+
+    assert choice.results == ((1, 0), (0,))
+    assert choice.sums == (0, 1)
+    assert choice.moves == (("all-reduce", 1, 16.0, "out"),)
+    assert choice.share == 0.5
+
+
+def test_a_whole_dim_that_is_split_is_exchanged_for_rows():
+    choice = choice_of(ruled_rows, [(8, 4), (4,)], {(0, 1): 1})
+    kinds = [kind for kind, *_ in choice.moves]
+
+    assert choice.inputs[0] == (1, 0)
+    assert kinds[0] == "all-to-all"
+
+
+def test_rows_that_do_not_divide_are_whole():
+    choice = choice_of(ruled_rows, [(7, 4), (4,)], {(0, 1): 1})
+
+    assert choice.inputs == {0: (0, 0), 1: (0,)}
+    assert choice.share == 1
+
+
+def test_a_dim_that_is_summed_over_is_split_and_added_up():
+    @lepton.planner.rule("batch width, width classes -> batch classes", summed="width")
+    def product(x, w):
+        return x @ w
+
+    choice = choice_of(product, [(8, 64), (64, 6)], {(0, 1): 1})
+
+    assert choice.inputs == {0: (0, 1), 1: (1, 0)}
+    assert choice.moves == (("all-reduce", 1, 8 * 6 * 4.0, "out"),)
+
+
+def test_flops_are_those_that_are_traced_or_told():
+    shapes = [(8, 4), (4, 6)]
+
+    def product(x, w):
+        return x @ w
+
+    def kernel(x, w):
+        def body(x_ref, w_ref, out_ref):
+            out_ref[...] = x_ref[...] @ w_ref[...]
+
+        shape = jax.ShapeDtypeStruct((8, 6), x.dtype)
+        return pl.pallas_call(body, shape, interpret=True)(x, w)
+
+    dims = "batch width, width classes -> batch classes"
+    told = lepton.planner.rule(dims, flops=lambda x, w: 2 * x.size * w.shape[1] + 1)
+    pairs = [(lepton.planner.rule(dims), 384), (told, 385)]
+    for decorate, flops in pairs:
+        for function in (product, kernel):
+            _, [op] = operations(decorate(function), *shapes)
+
+            assert ruled.own_flops(op.eqn) == flops
+
+
+def test_the_workspace_counts_as_memory():
+    named_ = stated(DIMS, whole="width", workspace="... width")
+
+    _, [op] = operations(named_, (8, 4), (4,))
+
+    assert [value.shape for value in op.outputs] == [(8, 4), (8, 4)]
+
+
+def test_what_dots_keep_is_not_computed_again():
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 4), (4,))]
+
+    def count(norm):
+        def loss(x, scale):
+            for _ in range(3):
+                x = jnp.tanh(norm(x, scale))
+            return x.sum()
+
+        policy = remat.POLICIES["dots"]
+        program = jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=policy)))(*shapes)
+        return str(program).count("own_operation[")
+
+    assert count(ruled_rows) < count(stated(DIMS, whole="width", keep=False))
+
+
+# ---- what a plan says ----
+
+
+def test_a_plan_says_what_has_no_rule_and_what_runs_twice():
+    notes = " ".join(planned(traced(unruled), (1,), {})[1].notes)
+    assert "'pallas_call' (1 of them)" in notes and "lepton.planner.rule" in notes
+
+    notes = " ".join(planned(traced(again), (1,), {})[1].notes)
+    assert "gradient of 'again' runs its forward pass again" in notes
+
+    assert planned(traced(ruled_rows), (1,), {})[1].notes == ()
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("dims", "more", "message"),
+    [
+        ("batch width", {}, "it has no ->"),
+        ("batch wi-dth -> batch", {}, "'wi-dth' is no name"),
+        ("a a -> a", {}, "stands twice"),
+        ("a b -> a", {"whole": "c"}, "whole names 'c'"),
+        ("a b -> a", {"saves": "a c"}, "saves names 'c'"),
+        ("width -> width", {}, "1 operands are named, 2 given"),
+        ("batch, width -> batch width", {}, "an array of 2 dims is named 'batch'"),
+        ("batch width, width -> batch", {}, "returns float32[8, 4]"),
+        (DIMS, {"saves": "... _, width"}, "float32[8, 1]"),
+    ],
+)
+def test_a_rule_that_does_not_fit_is_an_error(dims, more, message):
+    x, scale = jnp.ones((8, 4)), jnp.ones(4)
+
+    with pytest.raises(lepton.ModelError, match=re.escape(message)):
+        stated(dims, **more)(x, scale)
+
+
+# ---- compiled ----
+
+
+def test_xla_computes_and_sends_what_is_planned():
+    trace, plan = planned(traced(ruled_rows), (2, 4), {"batch": 1, "scale.0": 2})
+    found = verify(trace, lepton.plan(trace, lepton.topology("cpu:8"), mesh=plan.mesh))
+
+    assert not found.unexpected and not found.absent
+    assert found.flops == pytest.approx(found.plan.flops, rel=0.01)
+
+
+def test_a_kernel_with_a_rule_is_compiled_for_tpus(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "WIDTH", 128)
+    where = lepton.topology("v5e:2x4")
+    trace = traced(ruled_rows).on(where)
+    plan = lepton.plan(trace, where, mesh={"fsdp": 8})
+
+    found = verify(trace, plan)
+
+    assert not found.unexpected and not found.absent
+    assert found.flops == pytest.approx(plan.flops, rel=0.01)

@@ -57,7 +57,6 @@ from lepton_jax.planner.program.graph import (
     Value,
 )
 from lepton_jax.planner.program.kernels import KERNELS, attention_flops
-from lepton_jax.planner.program.ruled import Choice, own_bytes, own_flops
 from lepton_jax.planner.program.layout import (
     Contraction,
     Decision,
@@ -68,6 +67,7 @@ from lepton_jax.planner.program.layout import (
     meets_stored,
 )
 from lepton_jax.planner.program.named import Names
+from lepton_jax.planner.program.ruled import Choice, own_bytes, own_flops
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.planner.xla import operations
 from lepton_jax.planner.xla.figures import HIDDEN_SHARE

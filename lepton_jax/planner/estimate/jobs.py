@@ -21,9 +21,9 @@ from lepton_jax.planner.estimate.pads import Pads
 from lepton_jax.planner.estimate.reads import Earlier, Reads
 from lepton_jax.planner.program.graph import Operation, Region, Value
 from lepton_jax.planner.program.kernels import KERNELS
-from lepton_jax.planner.rewrite.own import OWN_OPERATIONS
 from lepton_jax.planner.program.layout import Contraction, contraction
 from lepton_jax.planner.program.named import Names
+from lepton_jax.planner.rewrite.own import OWN_OPERATIONS
 from lepton_jax.planner.xla.operations import DOTS, operands
 
 

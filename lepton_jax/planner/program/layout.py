@@ -50,7 +50,6 @@ from lepton_jax.planner.program.kernels import (
     length_dim,
     split,
 )
-
 from lepton_jax.planner.program.ruled import Choice, decided
 from lepton_jax.planner.rewrite.own import OWN_OPERATIONS
 

@@ -10,6 +10,7 @@ mesh axis of two devices:
   gradient of the scale                   the sum of both devices' parts
 
 Of all ways to give the axis to a dim the one is taken that moves the fewest bytes.
+Where some array is split along a dim that may be, the work is always divided.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lepton_jax.planner.rewrite.notation import Names
-from lepton_jax.planner.rewrite.own import MAPPED, Own
+from lepton_jax.planner.rewrite.notation import UNNAMED, Names
+from lepton_jax.planner.rewrite.own import MAPPED, Own, shape_of
 from lepton_jax.planner.rewrite.program import parts
 
 # A mask of mesh axes for each dim
@@ -101,7 +102,7 @@ def join_own(graph: Any, op: Any) -> None:
     named += list(arrays.results)
     for value, names in named:
         for node, name in zip(value.nodes, names, strict=True):
-            if name in arrays.free:
+            if name != UNNAMED:
                 graph.join(node, first.setdefault(name, node))
     for number, _, names in arrays.inputs:
         for dim, name in enumerate(names):
@@ -126,9 +127,10 @@ def decided(layout: Any, op: Any, specs: dict[int, Spec]) -> Choice:
     moves: list[Any] = []
     for axis in range(len(layout.sizes)):
         bit = 1 << axis
-        options = _options(layout, arrays, specs, wanted, split, bit)
-        cost, name, needed = min(options, key=lambda option: option[0])
-        del cost
+        options = list(_options(layout, arrays, specs, wanted, split, bit))
+        if any(option.meets for option in options):
+            options = [option for option in options if option.name is not None]
+        name, needed, *_ = min(options, key=lambda option: option.rank)
         moves += needed
         if name is not None:
             split[name] = split.get(name, 0) | bit
@@ -163,9 +165,7 @@ def added_up(results: list[Any], choice: Choice, names: tuple[str, ...]) -> list
       names: of the mesh axes.
     """
     whole = []
-    for x, mask, scattered in zip(
-        results, choice.sums, choice.scattered, strict=True
-    ):
+    for x, mask, scattered in zip(results, choice.sums, choice.scattered, strict=True):
         for dim, axes in enumerate(scattered):
             if axes:
                 x = jax.lax.psum_scatter(
@@ -184,37 +184,56 @@ def added_up(results: list[Any], choice: Choice, names: tuple[str, ...]) -> list
 def own_flops(eqn: Any) -> float:
     """Return the FLOP of an equation with a rule, on whole arrays."""
     own: Own = eqn.params["own"]
-    return _flops(own, tuple(_shape(variable.aval) for variable in eqn.invars))
+    return _flops(own, tuple(shape_of(variable.aval) for variable in eqn.invars))
 
 
 def own_bytes(eqn: Any) -> float:
     """Return the bytes that an equation with a rule reads and writes, whole."""
     own: Own = eqn.params["own"]
-    shapes = tuple(_shape(variable.aval) for variable in eqn.invars)
-    given = own.rule.gradient_bytes if own.backward else own.rule.bytes
+    shapes = tuple(shape_of(variable.aval) for variable in eqn.invars)
+    given = own.rule.bytes[own.backward] or own.rule.bytes[0]
     if given is not None:
         return _times(own, shapes) * float(given(*own.shapes))
-    made = [_shape(variable.aval) for variable in eqn.outvars]
+    made = [shape_of(variable.aval) for variable in eqn.outvars]
     return float(sum(x.size * np.dtype(x.dtype).itemsize for x in (*shapes, *made)))
 
 
 @functools.lru_cache(maxsize=256)
 def _flops(own: Own, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> float:
     rule = own.rule
-    if own.backward and rule.gradient_flops is not None:
-        return _times(own, shapes) * float(rule.gradient_flops(*own.shapes))
-    if rule.flops is not None:
+    forward, backward = rule.flops
+    if own.backward and backward is not None:
+        return _times(own, shapes) * float(backward(*own.shapes))
+    if forward is not None:
         factor = BACKWARD_BY_FORWARD if own.backward else 1
-        return _times(own, shapes) * factor * float(rule.flops(*own.shapes))
+        return _times(own, shapes) * factor * float(forward(*own.shapes))
     program = jax.make_jaxpr(functools.partial(own.run, False))(*shapes)
     return traced_flops(program.jaxpr)
 
 
-def traced_flops(jaxpr: Any) -> float:
-    """Return the FLOP of the products of a program, those of kernels included.
+def hidden_flops(eqn: Any, interpreted: bool) -> float:
+    """Return those FLOP of an equation with a rule that XLA's text does not show.
+
+    Args:
+      eqn: the equation.
+      interpreted: whether kernels are interpreted, so that XLA sees their products.
+    """
+    own: Own = eqn.params["own"]
+    shapes = tuple(shape_of(variable.aval) for variable in eqn.invars)
+    program = jax.make_jaxpr(functools.partial(own.run, False))(*shapes)
+    shown = traced_flops(program.jaxpr, kernels=interpreted)
+    return max(0.0, own_flops(eqn) - shown)
+
+
+def traced_flops(jaxpr: Any, kernels: bool = True) -> float:
+    """Return the FLOP of the products of a program.
 
     A kernel of `pallas` runs once for each point of its grid, unless its
     `cost_estimate` says how much it computes.
+
+    Args:
+      jaxpr: the program.
+      kernels: whether the products in kernels count.
     """
     total = 0.0
     for eqn in jaxpr.eqns:
@@ -226,25 +245,23 @@ def traced_flops(jaxpr: Any) -> float:
             continue
         times = eqn.params["length"] if name == "scan" else 1
         if name == "pallas_call":
+            if not kernels:
+                continue
             estimate = eqn.params.get("cost_estimate")
             if estimate is not None:
                 total += float(estimate.flops)
                 continue
             times = math.prod(eqn.params["grid_mapping"].grid)
-        total += times * sum(map(traced_flops, parts(eqn)))
+        total += times * sum(traced_flops(part, kernels) for part in parts(eqn))
     return total
 
 
 def _times(own: Own, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> int:
     """Return how often a `jax.vmap` around it repeats an operation."""
-    extents = {}
+    extents: dict[str, int] = {}
     for names, x in zip(own.dims().inputs, shapes, strict=True):
         extents.update(zip(names, x.shape, strict=True))
     return math.prod(n for name, n in extents.items() if name.startswith(MAPPED))
-
-
-def _shape(aval: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
 # ---- internals ----
@@ -266,6 +283,22 @@ def _scratch(graph: Any, op: Any, names: Names) -> Any:
     return value
 
 
+class _Option(NamedTuple):
+    """A way to give a mesh axis to a dim.
+
+    Attributes:
+      name: of the dim; None: the axis splits nothing, and all its devices do the same.
+      moves: what this takes.
+      meets: arrays that are split so already.
+      rank: the best option has the lowest.
+    """
+
+    name: str | None
+    moves: list[Any]
+    meets: int
+    rank: tuple[float, int]
+
+
 def _options(
     layout: Any,
     arrays: Arrays,
@@ -273,8 +306,8 @@ def _options(
     wanted: list[Spec],
     split: dict[str, int],
     bit: int,
-) -> Iterator[tuple[tuple[float, int], str | None, list[Any]]]:
-    """Yield each way to give a mesh axis to a dim: cost, name, and moves."""
+) -> Iterator[_Option]:
+    """Yield each way to give a mesh axis to a dim, or to none."""
     for name in (*arrays.free, None):
         if name is not None and not _divides(layout, arrays, name, split, bit):
             continue
@@ -283,7 +316,7 @@ def _options(
         for number, value, names in arrays.inputs:
             here = _place(specs[number], bit)
             there = names.index(name) if name in names else None
-            meets += here is not None and here == there
+            meets += name is not None and here is not None and here == there
             size = layout.bytes(value, specs[number])
             moves += _moves_of(layout, here, there, bit, size, f"input {number}")
         triples = zip(arrays.results, arrays.sums, wanted, strict=True)
@@ -291,14 +324,14 @@ def _options(
             where = f"out/{number}"
             here = names.index(name) if name in names else None
             there = _place(goal, bit)
-            meets += here is not None and here == there
+            meets += name is not None and here is not None and here == there
             size = layout.bytes(value, goal)
             if name in sums:
                 moves += _sum_of(layout, there, bit, size, where)
             else:
                 moves += _result_moves(layout, here, there, bit, size, where)
         cost = sum(_weight(layout, move) for move in moves)
-        yield (cost, -meets if name is not None else 1), name, moves
+        yield _Option(name, moves, meets, (cost, -meets if name is not None else 1))
 
 
 def _divides(

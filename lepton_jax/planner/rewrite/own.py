@@ -1,10 +1,9 @@
 """Operations that a user brings, each with a rule of how it may be split.
 
-`rule` stands above a function whose insides the planner can't look into: one that
-calls `pallas_call`, a custom call, or a primitive of its own. It becomes one operation
-forward and one backward:
+A function with a rule (see `rule.rule`) is one operation forward and one backward:
 
     >>> import jax, jax.numpy as jnp
+    >>> from lepton_jax.planner.rewrite.rule import rule
     >>> @rule("batch width, width -> batch width", whole="width")
     ... def scaled(x, scale):
     ...     return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True)) * scale
@@ -26,7 +25,6 @@ lacks a split axis is the sum of all devices' parts, and so is a gradient.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -57,7 +55,12 @@ Shapes = tuple[jax.ShapeDtypeStruct, ...]
 
 @dataclass(frozen=True)
 class Rule:
-    """What a user says of an operation; see `rule`."""
+    """What a user says of an operation; see `rule.rule`.
+
+    Attributes:
+      flops, bytes: forward, and backward; None: not said.
+      interprets: whether the function has an option `interpret`.
+    """
 
     name: str
     function: Callable
@@ -65,10 +68,8 @@ class Rule:
     whole: frozenset[str]
     summed: frozenset[str]
     saves: tuple[Names, ...] | None
-    flops: Count | None
-    gradient_flops: Count | None
-    bytes: Count | None
-    gradient_bytes: Count | None
+    flops: tuple[Count | None, Count | None]
+    bytes: tuple[Count | None, Count | None]
     workspace: tuple[Names, ...]
     kept: bool
     interprets: bool
@@ -104,7 +105,8 @@ class Own:
         plan = _plan(self._forward())
         saved = _saved_dims(self)
         if self.backward:
-            real = [own for own, x in zip(given.inputs, self.shapes) if _is_real(x)]
+            pairs = zip(given.inputs, self.shapes, strict=True)
+            real = [names for names, x in pairs if _is_real(x)]
             seen = [given.results[i] for i in plan.results]
             slopes = [given.results[i] for i in plan.slopes]
             given = Notation((*given.inputs, *seen, *saved, *slopes), tuple(real))
@@ -113,6 +115,15 @@ class Own:
         for depth, places in enumerate(self.maps):
             given = _mapped_dims(given, places, f"{MAPPED}{depth}")
         return given
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it is a gradient that runs the forward pass again for want of a rule.
+
+        It does where the dims of what the forward pass keeps are not known.
+        """
+        plan = _plan(self._forward())
+        return self.backward and plan.sources is None
 
     def workspace(self) -> tuple[Names, ...]:
         """Return the names of the dims of the arrays that it needs while it runs."""
@@ -138,144 +149,35 @@ class Own:
         return Own(self.rule, self.options, self.shapes)
 
 
-def rule(
-    dims: str,
-    *,
-    whole: str = "",
-    summed: str = "",
-    saves: str | None = None,
-    flops: Count | None = None,
-    gradient_flops: Count | None = None,
-    bytes: Count | None = None,
-    gradient_bytes: Count | None = None,
-    workspace: str | None = None,
-    keep: bool = True,
-    name: str | None = None,
-) -> Callable[[Callable], Callable]:
-    """Tell the planner how an operation of one's own may be split over devices.
-
-    Stands above a function of arrays (positional) and options (by keyword, hashable)
-    that returns an array or a tuple of them. It need not run under the planner. See
-    docs/kernels.md.
-
-    A function with an option `interpret` is told False on TPUs and GPUs, and True
-    elsewhere, where kernels of `pallas` run interpreted.
-
-    Args:
-      dims: names of the dims of operands and results, "batch width, width -> batch
-        width". A name is the same thing wherever it stands, and may be split; `_` has
-        no name; `...` stands for any leading dims.
-      whole: names of dims that a device needs whole, "width".
-      summed: names of dims that are added up: where one of them is split, results that
-        lack it are the sums of all devices' results. Other dims that a result lacks
-        are whole.
-      saves: dims of each array that the forward pass keeps for the backward pass,
-        operands and results apart, as in `dims`. None: the backward pass runs the
-        forward pass again, if it keeps any.
-      flops: FLOP of the whole operation, from the shapes of its operands
-        (`jax.ShapeDtypeStruct`). None: the products that the function traces, those of
-        kernels times their grid, or their `cost_estimate`.
-      gradient_flops: likewise, of the gradient. None: what it traces, if `flops` is
-        None, else twice `flops`.
-      bytes: bytes that it reads and writes. None: operands and results once.
-      gradient_bytes: likewise, of the gradient.
-      workspace: dims of float32 arrays that it needs while it runs, forward or
-        backward, as in `dims`; their extents are those of the operands.
-      keep: whether the rematerialization `dots` keeps what it computes.
-      name: in plans. None: the function's.
-
-    Returns:
-      A decorator.
+def called(own: Own, *arrays: Any) -> Any:
+    """Call an operation: an array, or a tuple of them.
 
     Raises:
-      ModelError: a text can't be read, or names a dim that `dims` has not.
+      ModelError: it returns other arrays than its rule names.
     """
-    known = notation.parse(dims)
-    partly = known.names
-    stated = {"whole": frozenset(whole.split()), "summed": frozenset(summed.split())}
-    kept = None if saves is None else notation.arrays_of(saves)
-    scratch = () if workspace is None else notation.arrays_of(workspace)
-    places = {**stated, "saves": _all_names(kept or ())}
-    places["workspace"] = _all_names(scratch)
-    for place, names in places.items():
-        for unknown in sorted(names - partly):
-            raise ModelError(
-                f"{place} names {unknown!r}, which {dims!r} has not",
-                where="lepton.planner.rule",
-                remedy=f"it has {', '.join(sorted(partly))}",
-            )
-
-    def decorate(function: Callable) -> Callable:
-        own = Rule(
-            name=name or getattr(function, "__name__", "operation"),
-            function=function,
-            notation=known,
-            whole=stated["whole"],
-            summed=stated["summed"],
-            saves=kept,
-            flops=flops,
-            gradient_flops=gradient_flops,
-            bytes=bytes,
-            gradient_bytes=gradient_bytes,
-            workspace=scratch,
-            kept=keep,
-            interprets=_has_option(function, "interpret"),
-        )
-
-        @functools.wraps(function)
-        def ruled(*arrays: Any, **options: Any) -> Any:
-            return _call(own, arrays, options)
-
-        return ruled
-
-    return decorate
+    _check_results(own)
+    results = _differentiated(own, *arrays)
+    return tuple(results) if _plan(own).several else results[0]
 
 
-# ---- internals: one call ----
+# ---- internals ----
 
 
-def _all_names(arrays: Sequence[Names]) -> frozenset[str]:
-    names = {name for own in arrays for name in own}
-    return frozenset(names - {notation.UNNAMED})
-
-
-def _has_option(function: Callable, name: str) -> bool:
-    try:
-        return name in inspect.signature(function).parameters
-    except ValueError:  # a function of C has no signature
-        return False
-
-
-def _call(own: Rule, arrays: Sequence[Any], options: dict[str, Any]) -> Any:
-    arrays = tuple(map(jnp.asarray, arrays))
-    call = Own(own, tuple(sorted(options.items())), tuple(map(_shape, arrays)))
-    try:
-        hash(call)
-    except TypeError:
-        raise ModelError(
-            f"an option of {own.name!r} is no hashable value",
-            where="lepton.planner.rule",
-            remedy="give arrays by position, and plain values by keyword",
-        ) from None
-    _check_results(call)
-    results = _differentiated(call, *arrays)
-    return tuple(results) if _plan(call).several else results[0]
-
-
-def _check_results(call: Own) -> None:
-    named = _forward_dims(call).results
-    made = _plan(call).shapes
-    if [len(x.shape) for x in made] == [len(own) for own in named]:
+def _check_results(own: Own) -> None:
+    named = _forward_dims(own).results
+    made = _plan(own).shapes
+    if [len(x.shape) for x in made] == [len(names) for names in named]:
         return
     found = ", ".join(f"{x.dtype}{list(x.shape)}" for x in made)
     raise ModelError(
-        f"{call.rule.name!r} returns {found}, and the rule names other dims",
+        f"{own.rule.name!r} returns {found}, and the rule names other dims",
         where="lepton.planner.rule",
         remedy="name each dim of each result behind the arrow",
     )
 
 
-def _shape(x: Any) -> jax.ShapeDtypeStruct:
+def shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    """Return the shape and dtype of an array or a variable's abstract value."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
@@ -366,7 +268,7 @@ def _with_sources(own: Own, plan: _Plan, program: Any) -> _Plan:
         else:
             saved += [variable] if variable not in saved else []
             sources.append(("saved", saved.index(variable)))
-    shapes = tuple(_shape(variable.aval) for variable in saved)
+    shapes = tuple(shape_of(variable.aval) for variable in saved)
     if not _names_all(own, shapes):
         return plan
     return _Plan(
@@ -503,7 +405,7 @@ def _operation(name: str) -> Primitive:
     """Return an operation that is compiled as the user's function says."""
 
     def shapes(*arrays: Any, own: Own) -> list[Any]:
-        made = jax.eval_shape(partial(own.run, False), *map(_shape, arrays))
+        made = jax.eval_shape(partial(own.run, False), *map(shape_of, arrays))
         return [jax.core.ShapedArray(x.shape, x.dtype) for x in made]
 
     def run_now(*arrays: Any, own: Own) -> Any:

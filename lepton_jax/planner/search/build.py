@@ -16,6 +16,7 @@ from lepton_jax.planner.plans import ArrayPlan, Axis, Collective, Plan, Rival
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.remat import MEANINGS
 from lepton_jax.planner.program.trace import Trace
+from lepton_jax.planner.rewrite.own import OWN_GRADIENT
 from lepton_jax.planner.search.bounds import NOT_KNOWN, Bounds
 from lepton_jax.planner.search.limits import CAUSES
 from lepton_jax.planner.search.masks import has, sample_axes
@@ -212,6 +213,16 @@ def _notes(
             f"there is no rule for the primitive {name!r} ({count} of them): its"
             " operands are whole on each device; lepton.planner.rule says how they may"
             " be split (docs/kernels.md)"
+        )
+    again = {
+        op.params["own"].rule.name
+        for op in names.graph.operations()
+        if op.name == OWN_GRADIENT and op.params["own"].repeats
+    }
+    for name in sorted(again):
+        notes.append(
+            f"the gradient of {name!r} runs its forward pass again: the dims of what it"
+            " keeps are not known (`saves` of lepton.planner.rule)"
         )
     return [*notes, *trace.tables.hints, *trace.tables.refused]
 
