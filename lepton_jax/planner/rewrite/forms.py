@@ -131,8 +131,8 @@ def _kernel(forward: ClosedJaxpr, platform: str, devices: int) -> str:
     found = softmax.find_all(opened(forward))
     largest = 0.0
     for attention in found:
-        batch, length, heads, _ = attention.query.aval.shape
-        keys = attention.key.aval.shape[1]
+        batch, length, heads, _ = attention.shape
+        keys = attention.keys
         if kernel == "splash" and not splash.takes(length, keys, attention.causal):
             return ""
         if platform == "cpu" and not attention.causal:
