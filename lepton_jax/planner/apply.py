@@ -332,7 +332,7 @@ class _Interpreter:
             specs.append(partition(choice.inputs.get(number, whole), names))
 
         def local(*parts: Any) -> list[Any]:
-            return added_up(_bind(op.eqn, list(parts)), choice, names)
+            return added_up(_bind(op.eqn, list(parts)), choice, self.mesh)
 
         return jax.shard_map(
             local,

@@ -87,7 +87,7 @@ def verify(
     platform = next(iter(flat)).platform
     module = hlo.read(text)
     moves = expected(trace, plan, platform)
-    kernels = _kernel_flops(trace, plan)
+    kernels = _kernel_flops(trace, plan, platform)
     rows, unexpected, absent = compare(
         moves,
         module.collectives,
@@ -107,19 +107,18 @@ def verify(
     )
 
 
-def _kernel_flops(trace: Trace, plan: Plan) -> float:
+def _kernel_flops(trace: Trace, plan: Plan, platform: str) -> float:
     """Return the FLOP of a device's kernels, of which XLA's text does not tell."""
     is_splash = plan.attention.startswith("splash")
     if not is_splash and OWN not in trace.operations:
         return 0.0
     graph = replace(trace, forms=plan.forms).gradient(plan.remat)
-    interpreted = plan.topology.startswith("cpu")
     whole = 0.0
     for op in graph.operations():
         if is_splash and op.name in KERNELS:
             whole += op.times * attention_flops(op)
         elif op.name in OWN_OPERATIONS:
-            whole += op.times * hidden_flops(op.eqn, interpreted)
+            whole += op.times * hidden_flops(op.eqn, platform)
     return whole / math.prod(plan.mesh.values())
 
 

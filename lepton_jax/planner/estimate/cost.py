@@ -387,7 +387,7 @@ class Cost:
         if job.op.name in KERNELS:
             return self._kernel(job.op, layout, decision, collectives)
         if decision.choice is not None:
-            return self._own(job.op, decision.choice, collectives)
+            return self._own(job.op, decision, decision.choice, collectives)
         if job.op.name not in DOTS or job.product is None:
             return Work(0.0, 0.0, collectives)
 
@@ -419,12 +419,18 @@ class Cost:
     def _own(
         self,
         op: Operation,
+        decision: Decision,
         choice: Choice,
         collectives: tuple[Collective, ...],
     ) -> Work:
         """Return the work of an operation with a user's rule: a roofline."""
         chip = self.chip
-        flops = choice.share * own_flops(op.eqn)
+        # XLA's CPU backend (jax 0.10 and 0.12) drops barriers, and merges two runs of a
+        # forward pass on the same operands; on operands that are moved it does not
+        # (`tools/plan.py recipes/lm.py --experts 8 --dropless --on cpu:8 --verify`).
+        platform = self.topology.platform
+        merged = platform == "cpu" and not decision.inputs
+        flops = choice.share * own_flops(op.eqn, platform, merged)
         computes = flops / (chip.peak(op.outputs[0].dtype) * chip.matmul_fraction)
         moved = choice.share * own_bytes(op.eqn)
         moves = moved / (chip.bandwidth * chip.memory_fraction)

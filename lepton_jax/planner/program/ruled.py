@@ -23,12 +23,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lepton_jax.planner.program.ragged import RAGGED, is_dense, ragged_flops
 from lepton_jax.planner.rewrite.notation import UNNAMED, Names
-from lepton_jax.planner.rewrite.own import MAPPED, Own, shape_of
+from lepton_jax.planner.rewrite.own import MAPPED, OWN_OPERATIONS, Own, shape_of
 from lepton_jax.planner.rewrite.program import parts
 
 # A mask of mesh axes for each dim
 Spec = tuple[int, ...]
+
+# The name of a dim that a mesh axis called "expert" splits.
+EXPERTS = "experts"
 
 # FLOP of a gradient over those of the operation: one product forward is two backward.
 BACKWARD_BY_FORWARD = 2
@@ -112,6 +116,17 @@ def join_own(graph: Any, op: Any) -> None:
                 op.reduced.append((number, dim))
 
 
+def expert_nodes(op: Any) -> list[int]:
+    """List the nodes of dims of parameters that a user's rule calls "experts"."""
+    if op.name not in OWN_OPERATIONS:
+        return []
+    nodes = []
+    for value, names in zip(op.inputs, op.params["own"].dims().inputs, strict=True):
+        if value is not None and value.stored is not None and EXPERTS in names:
+            nodes.append(value.nodes[names.index(EXPERTS)])
+    return nodes
+
+
 def decided(layout: Any, op: Any, specs: dict[int, Spec]) -> Choice:
     """Decide how an operation with a rule is split.
 
@@ -156,35 +171,54 @@ def decided(layout: Any, op: Any, specs: dict[int, Spec]) -> Choice:
     )
 
 
-def added_up(results: list[Any], choice: Choice, names: tuple[str, ...]) -> list[Any]:
+def added_up(results: list[Any], choice: Choice, mesh: Any) -> list[Any]:
     """Add up a device's results with those of the others, in `shard_map`.
 
     Args:
       results: the device's own.
       choice: see `decided`.
-      names: of the mesh axes.
+      mesh: with the layout's axes, in their order.
     """
+    names = mesh.axis_names
+    # as XLA's partitioner has it on CPUs, see `estimate.cost.as_compiled`
+    scatters = mesh.devices.flat[0].platform != "cpu"
     whole = []
-    for x, mask, scattered in zip(results, choice.sums, choice.scattered, strict=True):
-        for dim, axes in enumerate(scattered):
-            if axes:
-                x = jax.lax.psum_scatter(
-                    x,
-                    _picked(axes, names),
-                    scatter_dimension=dim,
-                    tiled=True,
-                )
+    for x, mask, parts_ in zip(results, choice.sums, choice.scattered, strict=True):
+        for dim, axes in enumerate(parts_):
+            picked = _picked(axes, names)
+            if axes and scatters:
+                x = jax.lax.psum_scatter(x, picked, scatter_dimension=dim, tiled=True)
+            elif axes:
+                x = _own_part(jax.lax.psum(x, picked), picked, dim)
         whole.append(jax.lax.psum(x, _picked(mask, names)) if mask else x)
     return whole
+
+
+def _own_part(x: Any, axes: tuple[str, ...], dim: int) -> Any:
+    """Return a device's part of a dim."""
+    size = x.shape[dim] // jax.lax.axis_size(axes)
+    start = jax.lax.axis_index(axes) * size
+    return jax.lax.dynamic_slice_in_dim(x, start, size, dim)
 
 
 # ---- work ----
 
 
-def own_flops(eqn: Any) -> float:
-    """Return the FLOP of an equation with a rule, on whole arrays."""
+def own_flops(eqn: Any, platform: str = "", merged: bool = False) -> float:
+    """Return the FLOP of an equation with a rule, on whole arrays.
+
+    Args:
+      eqn: the equation.
+      platform: of the backend that computes it; "": as few as the rule needs.
+      merged: whether XLA merges the two runs of a forward pass that the backward pass
+        runs again.
+    """
     own: Own = eqn.params["own"]
-    return _flops(own, tuple(shape_of(variable.aval) for variable in eqn.invars))
+    shapes = tuple(shape_of(variable.aval) for variable in eqn.invars)
+    flops = _flops(own, shapes, platform)
+    if merged and own.repeats and own.rule.flops[0] is None:
+        flops -= _flops(own.before(), shapes[: len(own.shapes)], platform)
+    return flops
 
 
 def own_bytes(eqn: Any) -> float:
@@ -199,7 +233,7 @@ def own_bytes(eqn: Any) -> float:
 
 
 @functools.lru_cache(maxsize=256)
-def _flops(own: Own, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> float:
+def _flops(own: Own, shapes: tuple[jax.ShapeDtypeStruct, ...], platform: str) -> float:
     rule = own.rule
     forward, backward = rule.flops
     if own.backward and backward is not None:
@@ -208,24 +242,25 @@ def _flops(own: Own, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> float:
         factor = BACKWARD_BY_FORWARD if own.backward else 1
         return _times(own, shapes) * factor * float(forward(*own.shapes))
     program = jax.make_jaxpr(functools.partial(own.run, False))(*shapes)
-    return traced_flops(program.jaxpr)
+    return traced_flops(program.jaxpr, platform)
 
 
-def hidden_flops(eqn: Any, interpreted: bool) -> float:
+def hidden_flops(eqn: Any, platform: str) -> float:
     """Return those FLOP of an equation with a rule that XLA's text does not show.
 
     Args:
       eqn: the equation.
-      interpreted: whether kernels are interpreted, so that XLA sees their products.
+      platform: of the backend; on CPUs kernels are interpreted, and XLA sees their
+        products.
     """
     own: Own = eqn.params["own"]
     shapes = tuple(shape_of(variable.aval) for variable in eqn.invars)
     program = jax.make_jaxpr(functools.partial(own.run, False))(*shapes)
-    shown = traced_flops(program.jaxpr, kernels=interpreted)
-    return max(0.0, own_flops(eqn) - shown)
+    shown = traced_flops(program.jaxpr, platform, shown=True)
+    return max(0.0, own_flops(eqn, platform) - shown)
 
 
-def traced_flops(jaxpr: Any, kernels: bool = True) -> float:
+def traced_flops(jaxpr: Any, platform: str = "", shown: bool = False) -> float:
     """Return the FLOP of the products of a program.
 
     A kernel of `pallas` runs once for each point of its grid, unless its
@@ -233,7 +268,8 @@ def traced_flops(jaxpr: Any, kernels: bool = True) -> float:
 
     Args:
       jaxpr: the program.
-      kernels: whether the products in kernels count.
+      platform: of the backend that computes it.
+      shown: only the products that XLA's text shows.
     """
     total = 0.0
     for eqn in jaxpr.eqns:
@@ -243,16 +279,21 @@ def traced_flops(jaxpr: Any, kernels: bool = True) -> float:
             terms = math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
             total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * terms
             continue
+        hidden = shown and platform != "cpu"
+        if name == RAGGED:
+            dense = bool(platform) and is_dense(eqn, platform)
+            total += 0.0 if hidden and not dense else ragged_flops(eqn, dense)
+            continue
         times = eqn.params["length"] if name == "scan" else 1
         if name == "pallas_call":
-            if not kernels:
+            if hidden:
                 continue
             estimate = eqn.params.get("cost_estimate")
             if estimate is not None:
                 total += float(estimate.flops)
                 continue
             times = math.prod(eqn.params["grid_mapping"].grid)
-        total += times * sum(traced_flops(part, kernels) for part in parts(eqn))
+        total += times * sum(traced_flops(part, platform, shown) for part in parts(eqn))
     return total
 
 

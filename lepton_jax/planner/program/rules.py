@@ -15,6 +15,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 
 from lepton_jax.planner.program.kernels import join_attention
+from lepton_jax.planner.program.ragged import RAGGED, join_ragged
 from lepton_jax.planner.program.ruled import join_own
 from lepton_jax.planner.rewrite.attention import ATTENTION, ATTENTION_GRADIENT
 from lepton_jax.planner.rewrite.own import OWN, OWN_GRADIENT
@@ -609,6 +610,7 @@ RULES: dict[str, Rule] = {
     ATTENTION: join_attention,
     ATTENTION_GRADIENT: join_attention,
     OWN: join_own,
+    RAGGED: join_ragged,
     OWN_GRADIENT: join_own,
     "argmax": _arg_reduction,
     "argmin": _arg_reduction,

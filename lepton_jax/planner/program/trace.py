@@ -22,6 +22,7 @@ from lepton_jax.hardware import Topology, convolution_flops
 from lepton_jax.planner import rewrite
 from lepton_jax.planner.patience import Patience
 from lepton_jax.planner.program.graph import Graph
+from lepton_jax.planner.program.ragged import RAGGED, ragged_flops
 from lepton_jax.planner.program.remat import rematerialized
 from lepton_jax.planner.program.ruled import own_flops
 from lepton_jax.planner.program.tables import find_tables
@@ -530,6 +531,8 @@ def _product_flops(eqn: Any, times: int) -> float:
         return times * convolution_flops(eqn.params, *shapes)
     if name == OWN:
         return times * own_flops(eqn)
+    if name == RAGGED:
+        return times * ragged_flops(eqn)
     return 0.0
 
 

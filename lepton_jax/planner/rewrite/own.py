@@ -145,6 +145,11 @@ class Own:
             call = jax.vmap(call, in_axes=places)
         return list(call(*arrays))
 
+    def before(self) -> Own:
+        """Return the forward pass of a gradient."""
+        maps = tuple(places[: len(self.shapes)] for places in self.maps)
+        return Own(self.rule, self.options, self.shapes, maps=maps)
+
     def _forward(self) -> Own:
         return Own(self.rule, self.options, self.shapes)
 
@@ -355,6 +360,8 @@ def _backward(own: Own, interpret: bool, *arrays: Any) -> list[Any]:
         "saved": arrays[count + len(plan.results) : len(arrays) - len(plan.slopes)],
     }
     if plan.sources is None:
+        # XLA would merge the two runs of the forward pass, and keep what it makes
+        operands = jax.lax.optimization_barrier(operands)
         _, pull = jax.vjp(function, *operands)
     else:
         shapes = jax.eval_shape(lambda *xs: jax.vjp(function, *xs)[1], *operands)

@@ -110,6 +110,7 @@ def build(
         peak_bound=verdict.bounds.most,
         loss_pieces=trace.forms.loss_pieces,
         attention=trace.forms.attention,
+        experts=trace.forms.experts,
     )
 
 
@@ -181,6 +182,11 @@ def _feeding_reasons(
     kernel = trace.forms.attention
     if kernel:
         reasons[f"attention {kernel}"] = KERNELS[kernel]
+    if trace.forms.experts:
+        reasons["experts without dropped tokens"] = (
+            "each device sorts the tokens that it has by their expert; where experts"
+            " are split, tokens are gathered for them and results summed"
+        )
     pieces = trace.forms.loss_pieces
     if pieces > 1:
         reasons[f"loss in {pieces} pieces"] = (
