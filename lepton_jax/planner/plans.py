@@ -25,6 +25,8 @@ from lepton_jax.trees import by_path
 
 # what a plan may be best in: time of a step, memory of a device, price of a step
 OBJECTIVES = ("time", "memory", "cost")
+# how attention meets a sequence that is split over devices
+CONTEXTS = ("all-to-all", "ring")
 # fields that plans of older versions lack
 SINCE = {
     "peak_least",
@@ -33,6 +35,7 @@ SINCE = {
     "loss_pieces",
     "attention",
     "experts",
+    "context",
 }
 # kinds of bytes that XLA decides
 DECIDED_BY_XLA = ("gradients", "activations", "temporaries")
@@ -149,7 +152,7 @@ class Plan:
       axes: the named axes that were found, largest first.
       batch_size, micro_batches: samples a step, and parts in which they pass through
         the model.
-      remat: rematerialization: "none", "dots" or "full".
+      remat: rematerialization: "none", "dots", "full", or what is kept (`keeping`).
       unroll_micro_batches: micro-batches as straight code instead of a loop.
       steps_per_call: steps that one XLA call runs.
       data: "resident": the training data lies on each device, and a batch is gathered
@@ -173,6 +176,9 @@ class Plan:
         the model's own operations.
       experts: whether each device sorts the tokens that it has by their expert, in
         mixtures that drop none.
+      context: how attention meets a sequence that is split: "all-to-all": devices
+        exchange parts of it for heads, as far as there are heads; "ring": keys and
+        values go around; "": it is not split.
     """
 
     topology: str
@@ -204,6 +210,7 @@ class Plan:
     loss_pieces: int = 1
     attention: str = ""
     experts: bool = False
+    context: str = ""
 
     # How a plan shows itself, by form: "text" and "html". The package fills them in,
     # since the room `show` knows plans, and a plan knows nothing of pictures.
@@ -345,6 +352,7 @@ class Plan:
             uses,
             storage,
             meets_stored(graph),
+            ring=self.context == "ring",
         )
 
     def check(

@@ -106,7 +106,7 @@ class Written(NamedTuple):
 
     def how(self, kernel: str) -> How:
         """Return how a kernel computes it."""
-        return How(self.causal, self.scale, kernel, self.behind, self.cap)
+        return How(self.causal, self.scale, kernel, self.behind, cap=self.cap)
 
     def operands(self, env: Env) -> list[Any]:
         """Return query, key, value and segments as a kernel takes them."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from lepton_jax.planner.assignment import Assignment
-from lepton_jax.planner.program.remat import POLICIES
+from lepton_jax.planner.program.remat import POLICIES, place
 from lepton_jax.planner.search.limits import (
     ALIKE,
     ALIKE_SECONDS,
@@ -184,7 +184,7 @@ def complexity(problem: Problem, assignment: Assignment) -> tuple:
     split_groups = [mask for mask in assignment.masks if mask]
     return (
         assignment.micro_batches,
-        list(POLICIES).index(assignment.remat),
+        place(assignment.remat),
         len(not_batch),
         len(axes),
         len(split_groups),
@@ -204,8 +204,9 @@ def merged(assignment: Assignment) -> Assignment:
 
     Here both axes split group 0 alone, so they are one axis of 8 devices:
 
-    >>> merged(Assignment((4, 2), (0b11, 0b00), 0b00))
-    Assignment(sizes=(8,), masks=(1, 0), keep=0, remat='none', micro_batches=1)
+    >>> one = merged(Assignment((4, 2), (0b11, 0b00), 0b00))
+    >>> one.sizes, one.masks
+    ((8,), (1, 0))
     """
     masks = (*assignment.masks, assignment.keep)
     for axis in range(len(assignment.sizes) - 1):

@@ -17,6 +17,8 @@ from lepton_jax.errors import PlanError, nearest
 from lepton_jax.hardware import Topology
 from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.patience import LIMIT_SECONDS
+from lepton_jax.planner.plans import CONTEXTS
+from lepton_jax.planner.program import keeping
 from lepton_jax.planner.program.graph import Value
 from lepton_jax.planner.program.layout import Spec
 from lepton_jax.planner.program.named import Names
@@ -37,6 +39,7 @@ class Request:
     remat: str | None = None
     micro_batches: int | None = None
     time_limit: float | None = LIMIT_SECONDS
+    context: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Pins:
       groups: name of a named axis to the mesh axes that split it, apart from those that
         split the batch.
       storage: parameter's path to the spec with which it is kept.
-      remat, micro_batches: None: the search decides.
+      remat, micro_batches, context: None: the search decides.
     """
 
     meshes: tuple[tuple[int, ...], ...] = ()
@@ -58,6 +61,7 @@ class Pins:
     storage: Mapping[str, Spec] = field(default_factory=dict)
     remat: str | None = None
     micro_batches: int | None = None
+    context: str | None = None
 
     def force(
         self,
@@ -91,7 +95,8 @@ def read(
         multiply up or don't divide.
     """
     where = f"plan for {topology.name}"
-    _check_remat(request.remat, where)
+    _check_context(request.context, where)
+    _check_remat(request.remat, trace, where)
     micro_batches = request.micro_batches
     if micro_batches is None:
         micro_batches = trace.recipe.micro_batches
@@ -105,7 +110,11 @@ def read(
                 where=where,
                 remedy='give the mesh as well, e.g. mesh={"fsdp": 8, "tensor": 4}',
             )
-        return Pins(remat=request.remat, micro_batches=micro_batches)
+        return Pins(
+            remat=request.remat,
+            micro_batches=micro_batches,
+            context=request.context,
+        )
 
     _check_mesh(request.mesh, topology, where)
     reader = _Reader(names, request.mesh, where)
@@ -120,18 +129,46 @@ def read(
         storage=reader.storage,
         remat=request.remat,
         micro_batches=micro_batches,
+        context=request.context,
     )
 
 
 # ---- checks of single settings ----
 
 
-def _check_remat(remat: str | None, where: str) -> None:
-    if remat is not None and remat not in POLICIES:
+def _check_remat(remat: str | None, trace: Trace, where: str) -> None:
+    if remat is None or remat in POLICIES:
+        return
+    if not isinstance(remat, str) or not keeping.is_keeping(remat):
         raise PlanError(
             f"remat {remat!r} is not known{nearest(str(remat), POLICIES)}",
             where=where,
-            remedy=f"use one of {', '.join(POLICIES)}",
+            remedy=f"use one of {', '.join(POLICIES)}, or 'keep' and what is kept, such"
+            " as 'keep attention,0-2', as a plan shows it",
+        )
+    known = [value.key for value in trace.keepable()]
+    missing = [key for key in keeping.keeping_of(remat).keys if key not in known]
+    if missing:
+        raise PlanError(
+            f"remat {remat!r} keeps {_written(missing[0])}, which the model has not",
+            where=where,
+            remedy=f"keep some of {', '.join(map(_written, known))}"
+            if known
+            else f"use one of {', '.join(POLICIES)}: the model has no products",
+        )
+
+
+def _written(key: keeping.Key) -> str:
+    """Return what a policy keeps, in words."""
+    return f"product {key}" if isinstance(key, int) else key
+
+
+def _check_context(context: str | None, where: str) -> None:
+    if context is not None and context not in CONTEXTS:
+        raise PlanError(
+            f"context {context!r} is not known{nearest(str(context), CONTEXTS)}",
+            where=where,
+            remedy=f"use one of {', '.join(CONTEXTS)}",
         )
 
 
