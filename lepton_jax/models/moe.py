@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -179,6 +180,7 @@ def grouped_experts(
     up: jax.Array,
     down: jax.Array,
     numbers: jax.Array,
+    product: Callable[..., jax.Array] = jax.lax.ragged_dot,
 ) -> jax.Array:
     """Return what some of the experts add to each token; no token is dropped.
 
@@ -193,6 +195,8 @@ def grouped_experts(
       up: likewise.
       down: (count, hidden, dim).
       numbers: (count,), the numbers of these experts, one after the other.
+      product: of rows (n, k) with the kernels (count, k, m) of groups of rows, of some
+        sizes (count,).
     """
     tokens = x.reshape(-1, x.shape[-1])
     count = gate.shape[0]
@@ -204,9 +208,8 @@ def grouped_experts(
     token = order // experts.shape[-1]
 
     rows = jnp.where(is_mine, tokens[token], 0)
-    hidden = nnx.silu(jax.lax.ragged_dot(rows, gate, sizes))
-    hidden = hidden * jax.lax.ragged_dot(rows, up, sizes)
-    outputs = jax.lax.ragged_dot(hidden, down, sizes)
+    hidden = nnx.silu(product(rows, gate, sizes)) * product(rows, up, sizes)
+    outputs = product(hidden, down, sizes)
     weight = gates.reshape(-1)[order][:, None].astype(outputs.dtype)
     outputs = jnp.where(is_mine, outputs * weight, 0)
     return jnp.zeros_like(tokens).at[token].add(outputs).reshape(x.shape)

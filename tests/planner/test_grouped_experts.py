@@ -96,6 +96,20 @@ def test_no_token_is_dropped_where_all_choose_one_expert():
     np.testing.assert_allclose(found, known, rtol=RTOL, atol=RTOL)
 
 
+def test_the_kernel_for_tpus_gives_the_same_gradients():
+    *given, numbers = *arrays(), jnp.arange(4)
+
+    def both(platform):
+        def run(*arrays):
+            return experts.mixture.__wrapped__(*arrays, numbers, platform=platform)
+
+        return with_gradients(run, *given)
+
+    for known, found in zip(both(""), both("interpreted"), strict=True):
+        limit = RTOL * max(1.0, float(jnp.abs(known).max()))
+        np.testing.assert_allclose(found, known, rtol=0, atol=limit)
+
+
 def test_parts_of_the_experts_add_up_to_all():
     given = arrays()
     kernels = given[3:]

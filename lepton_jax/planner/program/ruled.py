@@ -241,7 +241,7 @@ def _flops(own: Own, shapes: tuple[jax.ShapeDtypeStruct, ...], platform: str) ->
     if forward is not None:
         factor = BACKWARD_BY_FORWARD if own.backward else 1
         return _times(own, shapes) * factor * float(forward(*own.shapes))
-    program = jax.make_jaxpr(functools.partial(own.run, False))(*shapes)
+    program = jax.make_jaxpr(functools.partial(own.run, platform))(*shapes)
     return traced_flops(program.jaxpr, platform)
 
 
@@ -255,7 +255,7 @@ def hidden_flops(eqn: Any, platform: str) -> float:
     """
     own: Own = eqn.params["own"]
     shapes = tuple(shape_of(variable.aval) for variable in eqn.invars)
-    program = jax.make_jaxpr(functools.partial(own.run, False))(*shapes)
+    program = jax.make_jaxpr(functools.partial(own.run, platform))(*shapes)
     shown = traced_flops(program.jaxpr, platform, shown=True)
     return max(0.0, own_flops(eqn, platform) - shown)
 

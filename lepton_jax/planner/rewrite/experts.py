@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -49,6 +50,11 @@ from lepton_jax.planner.rewrite.program import (
 )
 from lepton_jax.planner.rewrite.rule import rule
 
+# Rows and columns of a tile of the kernel. Assumption: three tiles of it take 3 MB in
+# float32, which fits into the vector memory of every TPU of the catalogue.
+TILE = 512
+LEAST_TILE = 128  # rows: a lane of a TPU
+
 NAME = "chosen_experts"  # of the part in a program
 
 DIMS = (
@@ -58,9 +64,19 @@ DIMS = (
 
 
 @rule(DIMS, whole="dim chosen", summed="experts hidden")
-def mixture(*arrays: jax.Array) -> jax.Array:
+def mixture(
+    x: jax.Array,
+    choices: jax.Array,
+    gates: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    numbers: jax.Array,
+    platform: str = "",
+) -> jax.Array:
     """Return what a device's experts add to its tokens; see `grouped_experts`."""
-    return moe.grouped_experts(*arrays)
+    product = partial(_product, platform)
+    return moe.grouped_experts(x, choices, gates, gate, up, down, numbers, product)
 
 
 def ruled(function: Callable) -> Callable:
@@ -84,6 +100,52 @@ def has_mixture(jaxpr: Jaxpr) -> bool:
 
 
 # ---- internals ----
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(platform: str, rows: Any, kernels: Any, sizes: Any) -> jax.Array:
+    """Return a grouped product.
+
+    On TPUs its gradient by the kernels is the kernel of JAX (`megablox`): libtpu 0.0.42
+    makes a dense product of it, over all rows for each group.
+    """
+    return jax.lax.ragged_dot(rows, kernels, sizes)
+
+
+def _kept(platform: str, *arrays: Any) -> tuple[jax.Array, Any]:
+    return jax.lax.ragged_dot(*arrays), arrays
+
+
+def _pulled(platform: str, kept: Any, slope: Any) -> tuple[Any, Any, None]:
+    rows, kernels, sizes = kept
+    of_rows = jax.lax.ragged_dot(slope, kernels.swapaxes(1, 2), sizes)
+    if platform in ("tpu", "interpreted"):
+        of_kernels = _of_kernels(platform, rows, slope, sizes)
+        return of_rows, of_kernels.astype(kernels.dtype), None
+    product = partial(_with_kernels, rows, sizes)
+    (of_kernels,) = jax.linear_transpose(product, kernels)(slope)
+    return of_rows, of_kernels, None
+
+
+def _with_kernels(rows: Any, sizes: Any, kernels: Any) -> jax.Array:
+    return jax.lax.ragged_dot(rows, kernels, sizes)
+
+
+_product.defvjp(_kept, _pulled)
+
+
+def _of_kernels(platform: str, rows: Any, slope: Any, sizes: Any) -> jax.Array:
+    """Return the sum over each group's rows, (groups, k, n), by the kernel for TPUs."""
+    # only here: importing it takes time, and a backend without TPUs needs it never
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    count = rows.shape[0]
+    tile = min(TILE, -(-count // LEAST_TILE) * LEAST_TILE)
+    missing = -count % tile
+    rows, slope = (jnp.pad(x, ((0, missing), (0, 0))) for x in (rows, slope))
+    tiles = (tile, min(TILE, rows.shape[1]), min(TILE, slope.shape[1]))
+    is_interpreted = platform == "interpreted"
+    return tgmm(rows.T, slope, sizes, jnp.float32, tiles, interpret=is_interpreted)
 
 
 def _replaced(program: ClosedJaxpr) -> ClosedJaxpr:

@@ -48,6 +48,9 @@ OWN_OPERATIONS = (OWN, OWN_GRADIENT)
 
 MAPPED = "mapped"  # how the names of dims that `jax.vmap` adds begin
 
+# platforms for which kernels are compiled; elsewhere they are interpreted
+COMPILED = ("tpu", "cuda", "rocm")
+
 # FLOP or bytes of an operation on whole arrays, from the shapes of its operands
 Count = Callable[..., float]
 Shapes = tuple[jax.ShapeDtypeStruct, ...]
@@ -59,7 +62,7 @@ class Rule:
 
     Attributes:
       flops, bytes: forward, and backward; None: not said.
-      interprets: whether the function has an option `interpret`.
+      told: options of the function that say where it runs: `interpret`, `platform`.
     """
 
     name: str
@@ -72,7 +75,7 @@ class Rule:
     bytes: tuple[Count | None, Count | None]
     workspace: tuple[Names, ...]
     kept: bool
-    interprets: bool
+    told: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -137,10 +140,15 @@ class Own:
             whole |= given.names - set(own) - self.rule.summed
         return whole
 
-    def run(self, interpret: bool, *arrays: Any) -> list[Any]:
-        """Run it on arrays, which may be a device's part."""
+    def run(self, platform: str, *arrays: Any) -> list[Any]:
+        """Run it on arrays, which may be a device's part.
+
+        Args:
+          platform: JAX's name of the backend; "": any.
+          *arrays: its operands.
+        """
         run: Any = _backward if self.backward else _forward
-        call = partial(run, self, interpret)
+        call = partial(run, self, platform)
         for places in self.maps:
             call = jax.vmap(call, in_axes=places)
         return list(call(*arrays))
@@ -190,11 +198,12 @@ def _is_real(x: Any) -> bool:
     return bool(jnp.issubdtype(x.dtype, jnp.inexact))
 
 
-def _function(own: Own, interpret: bool) -> Callable[..., tuple]:
+def _function(own: Own, platform: str) -> Callable[..., tuple]:
     """Return the user's function, which returns a tuple."""
     options = dict(own.options)
-    if own.rule.interprets:
-        options.setdefault("interpret", interpret)
+    where = {"platform": platform, "interpret": platform not in COMPILED}
+    for name in own.rule.told:
+        options.setdefault(name, where[name])
 
     def call(*arrays: Any) -> tuple:
         results = own.rule.function(*arrays, **options)
@@ -228,7 +237,7 @@ class _Plan:
 @functools.lru_cache(maxsize=256)
 def _plan(own: Own) -> _Plan:
     """Return the plan of an operation's forward pass."""
-    function = _function(own, False)
+    function = _function(own, "")
 
     def plain(*arrays: Any) -> Any:
         options = dict(own.options)
@@ -333,9 +342,9 @@ def _mapped_dims(given: Notation, places: Sequence[int | None], name: str) -> No
 # ---- internals: what runs ----
 
 
-def _forward(own: Own, interpret: bool, *arrays: Any) -> list[Any]:
+def _forward(own: Own, platform: str, *arrays: Any) -> list[Any]:
     """Return the results, and what is saved besides."""
-    function = _function(own, interpret)
+    function = _function(own, platform)
     plan = _plan(own._forward())
     if not plan.saved:
         return list(function(*arrays))
@@ -348,9 +357,9 @@ def _forward(own: Own, interpret: bool, *arrays: Any) -> list[Any]:
     return [*results, *(first[number] for number in range(len(plan.saved)))]
 
 
-def _backward(own: Own, interpret: bool, *arrays: Any) -> list[Any]:
+def _backward(own: Own, platform: str, *arrays: Any) -> list[Any]:
     """Return the gradients of the operands that have one."""
-    function = _function(own, interpret)
+    function = _function(own, platform)
     plan = _plan(own._forward())
     count = len(own.shapes)
     operands = arrays[:count]
@@ -412,7 +421,7 @@ def _operation(name: str) -> Primitive:
     """Return an operation that is compiled as the user's function says."""
 
     def shapes(*arrays: Any, own: Own) -> list[Any]:
-        made = jax.eval_shape(partial(own.run, False), *map(shape_of, arrays))
+        made = jax.eval_shape(partial(own.run, ""), *map(shape_of, arrays))
         return [jax.core.ShapedArray(x.shape, x.dtype) for x in made]
 
     def run_now(*arrays: Any, own: Own) -> Any:
@@ -434,14 +443,13 @@ def _operation(name: str) -> Primitive:
     primitive.def_abstract_eval(shapes)
     primitive.def_impl(run_now)
     batching.primitive_batchers[primitive] = mapped
-    for platform in (None, "tpu", "cuda", "rocm"):
-        interpret = platform is None
+    for platform in ("", *COMPILED):
 
-        def run(*arrays: Any, own: Own, interpret: bool = interpret) -> Any:
-            return own.run(interpret, *arrays)
+        def run(*arrays: Any, own: Own, platform: str = platform) -> Any:
+            return own.run(platform, *arrays)
 
         lowered = mlir.lower_fun(run, multiple_results=True)
-        mlir.register_lowering(primitive, lowered, platform=platform)
+        mlir.register_lowering(primitive, lowered, platform=platform or None)
     return primitive
 
 

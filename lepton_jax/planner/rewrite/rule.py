@@ -35,7 +35,8 @@ def rule(
     docs/kernels.md.
 
     A function with an option `interpret` is told False on TPUs and GPUs, and True
-    elsewhere, where kernels of `pallas` run interpreted.
+    elsewhere, where kernels of `pallas` run interpreted; one with an option `platform`
+    is told "tpu", "cuda", "rocm" or "" for any other.
 
     Args:
       dims: names of the dims of operands and results, "batch width, width -> batch
@@ -80,6 +81,7 @@ def rule(
             )
 
     def decorate(function: Callable) -> Callable:
+        has = functools.partial(_has_option, function)
         own = Rule(
             name=str(getattr(function, "__name__", "operation")),
             function=function,
@@ -91,7 +93,7 @@ def rule(
             bytes=_both(bytes),
             workspace=scratch,
             kept=keep,
-            interprets=_has_option(function, "interpret"),
+            told=frozenset(filter(has, ("interpret", "platform"))),
         )
 
         @functools.wraps(function)
