@@ -34,6 +34,7 @@ SINCE = {
     "peak_source",
     "loss_pieces",
     "attention",
+    "experts",
     "context",
 }
 # kinds of bytes that XLA decides
@@ -173,6 +174,8 @@ class Plan:
         about; 1: all logits are there at once.
       attention: the kernel that computes attention: "blocks", "splash" (TPUs), or "":
         the model's own operations.
+      experts: whether each device sorts the tokens that it has by their expert, in
+        mixtures that drop none.
       context: how attention meets a sequence that is split: "all-to-all": devices
         exchange parts of it for heads, as far as there are heads; "ring": keys and
         values go around; "": it is not split.
@@ -206,6 +209,7 @@ class Plan:
     peak_source: str = ""
     loss_pieces: int = 1
     attention: str = ""
+    experts: bool = False
     context: str = ""
 
     # How a plan shows itself, by form: "text" and "html". The package fills them in,
@@ -262,7 +266,7 @@ class Plan:
     @property
     def forms(self) -> Forms:
         """The forms in which the loss is computed."""
-        return Forms(self.loss_pieces, self.attention)
+        return Forms(self.loss_pieces, self.attention, self.experts)
 
     @property
     def step_seconds(self) -> float:
