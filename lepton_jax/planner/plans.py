@@ -34,6 +34,7 @@ SINCE = {
     "peak_source",
     "loss_pieces",
     "attention",
+    "experts",
     "context",
     "flags",
 }
@@ -174,6 +175,8 @@ class Plan:
         about; 1: all logits are there at once.
       attention: the kernel that computes attention: "blocks", "splash" (TPUs), or "":
         the model's own operations.
+      experts: whether each device sorts the tokens that it has by their expert, in
+        mixtures that drop none.
       flags: XLA's options of the compiled step, by name; those that this XLA does not
         know are left out.
       context: how attention meets a sequence that is split: "all-to-all": devices
@@ -209,6 +212,7 @@ class Plan:
     peak_source: str = ""
     loss_pieces: int = 1
     attention: str = ""
+    experts: bool = False
     context: str = ""
     flags: dict[str, Any] = field(default_factory=dict)
 
@@ -266,7 +270,7 @@ class Plan:
     @property
     def forms(self) -> Forms:
         """The forms in which the loss is computed."""
-        return Forms(self.loss_pieces, self.attention)
+        return Forms(self.loss_pieces, self.attention, self.experts)
 
     @property
     def step_seconds(self) -> float:

@@ -589,7 +589,7 @@ class Program:
         if self.trace.tables:
             forward = cast_late(forward, self.trace.tables)
         forward = laid_out(
-            rewrite.fused(forward, self.plan.attention),
+            self.plan.forms.of_model(forward),
             self.plan.layout,
             self.mesh,
             ("params", "variables", "inputs"),

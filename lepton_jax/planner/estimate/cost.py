@@ -72,6 +72,7 @@ from lepton_jax.planner.program.layout import (
     meets_stored,
 )
 from lepton_jax.planner.program.named import Names
+from lepton_jax.planner.program.ruled import Choice, own_bytes, own_flops
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.planner.xla import operations
 from lepton_jax.planner.xla.figures import HIDDEN_SHARE, WAITED_SHARE
@@ -411,6 +412,8 @@ class Cost:
         collectives = self._compiled(moves, job, layout)
         if job.op.name in KERNELS:
             return self._kernel(job.op, layout, decision, collectives)
+        if decision.choice is not None:
+            return self._own(job.op, decision, decision.choice, collectives)
         if job.op.name not in DOTS or job.product is None:
             return Work(0.0, 0.0, collectives)
 
@@ -460,6 +463,27 @@ class Cost:
         if (move.kind, move.axes) in ledger:
             ledger[move.kind, move.axes][2] += once * move.runs
         return move.runs * self._exposed(once, move.beside, HIDDEN_SHARE)
+
+    def _own(
+        self,
+        op: Operation,
+        decision: Decision,
+        choice: Choice,
+        collectives: tuple[Collective, ...],
+    ) -> Work:
+        """Return the work of an operation with a user's rule: a roofline."""
+        chip = self.chip
+        # XLA's CPU backend (jax 0.10 and 0.12) drops barriers, and merges two runs of a
+        # forward pass on the same operands; on operands that are moved it does not
+        # (`tools/plan.py recipes/lm.py --experts 8 --dropless --on cpu:8 --verify`).
+        platform = self.topology.platform
+        merged = platform == "cpu" and not decision.inputs
+        flops = choice.share * own_flops(op.eqn, platform, merged)
+        computes = flops / (chip.peak(op.outputs[0].dtype) * chip.matmul_fraction)
+        moved = choice.share * own_bytes(op.eqn)
+        moves = moved / (chip.bandwidth * chip.memory_fraction)
+        seconds = max(computes, moves) + chip.op_seconds
+        return Work(seconds, flops, collectives)
 
     def _compiled(
         self,

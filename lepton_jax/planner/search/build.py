@@ -18,6 +18,7 @@ from lepton_jax.planner.plans import ArrayPlan, Axis, Collective, Plan, Rival
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.remat import meaning
 from lepton_jax.planner.program.trace import Trace
+from lepton_jax.planner.rewrite.own import OWN_GRADIENT
 from lepton_jax.planner.search import lengths
 from lepton_jax.planner.search.bounds import NOT_KNOWN, Bounds
 from lepton_jax.planner.search.limits import CAUSES
@@ -122,6 +123,7 @@ def build(
         peak_bound=verdict.bounds.most,
         loss_pieces=trace.forms.loss_pieces,
         attention=trace.forms.attention,
+        experts=trace.forms.experts,
         context=lengths.context(names, assignment),
         flags=_flags(verdict, topology),
     )
@@ -212,6 +214,11 @@ def _feeding_reasons(
     kernel = trace.forms.attention
     if kernel:
         reasons[f"attention {kernel}"] = KERNELS[kernel]
+    if trace.forms.experts:
+        reasons["experts without dropped tokens"] = (
+            "each device sorts the tokens that it has by their expert; where experts"
+            " are split, tokens are gathered for them and results summed"
+        )
     pieces = trace.forms.loss_pieces
     if pieces > 1:
         reasons[f"loss in {pieces} pieces"] = (
@@ -242,7 +249,18 @@ def _notes(
     for name, count in names.graph.unknown.items():
         notes.append(
             f"there is no rule for the primitive {name!r} ({count} of them): its"
-            " operands are whole on each device"
+            " operands are whole on each device; lepton.planner.rule says how they may"
+            " be split (docs/kernels.md)"
+        )
+    again = {
+        op.params["own"].rule.name
+        for op in names.graph.operations()
+        if op.name == OWN_GRADIENT and op.params["own"].repeats
+    }
+    for name in sorted(again):
+        notes.append(
+            f"the gradient of {name!r} runs its forward pass again: the dims of what it"
+            " keeps are not known (`saves` of lepton.planner.rule)"
         )
     return [*notes, *trace.tables.hints, *trace.tables.refused]
 
