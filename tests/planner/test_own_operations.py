@@ -256,7 +256,7 @@ def test_rows_stay_split_and_the_gradient_of_the_scale_is_a_sum():
 
     assert choice.results == ((1, 0), (0,))
     assert choice.sums == (0, 1)
-    assert choice.moves == (("all-reduce", 1, 16.0, "out"),)
+    assert choice.moves == (("all-reduce", 1, 16.0, "result 1"),)
     assert choice.share == 0.5
 
 
@@ -283,7 +283,7 @@ def test_a_dim_that_is_summed_over_is_split_and_added_up():
     choice = choice_of(product, [(8, 64), (64, 6)], {(0, 1): 1})
 
     assert choice.inputs == {0: (0, 1), 1: (1, 0)}
-    assert choice.moves == (("all-reduce", 1, 8 * 6 * 4.0, "out"),)
+    assert choice.moves == (("all-reduce", 1, 8 * 6 * 4.0, "result 0"),)
 
 
 def test_flops_are_those_that_are_traced_or_told():

@@ -359,10 +359,10 @@ def _options(
             there = names.index(name) if name in names else None
             meets += name is not None and here is not None and here == there
             size = layout.bytes(value, specs[number])
-            moves += _moves_of(layout, here, there, bit, size, f"input {number}")
+            moves += _moves_of(layout, here, there, bit, size, f"operand {number}")
         triples = zip(arrays.results, arrays.sums, wanted, strict=True)
         for number, ((value, names), sums, goal) in enumerate(triples):
-            where = f"out/{number}"
+            where = f"result {number}"
             here = names.index(name) if name in names else None
             there = _place(goal, bit)
             meets += name is not None and here is not None and here == there
@@ -431,7 +431,7 @@ def _merged(moves: list[Any]) -> Iterator[Any]:
         mask, before = merged.get((kind, where), (0, 0.0))
         merged[kind, where] = (mask | bit, max(size, before))
     for (kind, where), (mask, size) in merged.items():
-        yield kind, mask, size, where.partition("/")[0]
+        yield kind, mask, size, where
 
 
 def _spec(names: Names, split: dict[str, int]) -> Spec:
