@@ -36,6 +36,7 @@ SINCE = {
     "attention",
     "experts",
     "context",
+    "flags",
 }
 # kinds of bytes that XLA decides
 DECIDED_BY_XLA = ("gradients", "activations", "temporaries")
@@ -176,6 +177,8 @@ class Plan:
         the model's own operations.
       experts: whether each device sorts the tokens that it has by their expert, in
         mixtures that drop none.
+      flags: XLA's options of the compiled step, by name; those that this XLA does not
+        know are left out.
       context: how attention meets a sequence that is split: "all-to-all": devices
         exchange parts of it for heads, as far as there are heads; "ring": keys and
         values go around; "": it is not split.
@@ -211,6 +214,7 @@ class Plan:
     attention: str = ""
     experts: bool = False
     context: str = ""
+    flags: dict[str, Any] = field(default_factory=dict)
 
     # How a plan shows itself, by form: "text" and "html". The package fills them in,
     # since the room `show` knows plans, and a plan knows nothing of pictures.

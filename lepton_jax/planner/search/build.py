@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from lepton_jax.errors import PlanError
 from lepton_jax.hardware import Topology
@@ -21,6 +23,7 @@ from lepton_jax.planner.search import lengths
 from lepton_jax.planner.search.bounds import NOT_KNOWN, Bounds
 from lepton_jax.planner.search.limits import CAUSES
 from lepton_jax.planner.search.masks import has, sample_axes
+from lepton_jax.planner.xla import flags
 from lepton_jax.trees import by_path, nbytes
 
 # what a kernel of attention does, by its name
@@ -38,13 +41,18 @@ KERNELS = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why a search chose an assignment, and what else it found: see `Plan`."""
+    """Why a search chose an assignment, and what else it found: see `Plan`.
+
+    Attributes:
+      flags: XLA's; None: those that are good for the backend.
+    """
 
     objective: str = "time"
     rivals: tuple[Rival, ...] = ()
     reasons: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     bounds: Bounds = NOT_KNOWN
+    flags: Mapping[str, Any] | None = None
 
 
 def build(
@@ -105,7 +113,11 @@ def build(
         collectives=() if estimate is None else _collectives(estimate, axes),
         price_per_hour=topology.price_per_hour,
         rivals=verdict.rivals,
-        reasons={**verdict.reasons, **reasons},
+        reasons={
+            **verdict.reasons,
+            **reasons,
+            **_flag_reasons(_flags(verdict, topology)),
+        },
         notes=(*verdict.notes, *notes),
         peak_least=verdict.bounds.least,
         peak_bound=verdict.bounds.most,
@@ -113,7 +125,25 @@ def build(
         attention=trace.forms.attention,
         experts=trace.forms.experts,
         context=lengths.context(names, assignment),
+        flags=_flags(verdict, topology),
     )
+
+
+def _flags(verdict: Verdict, topology: Topology) -> dict[str, Any]:
+    if verdict.flags is not None:
+        return dict(verdict.flags)
+    return flags.chosen(topology.platform, topology.devices, os.environ)
+
+
+def _flag_reasons(chosen: Mapping[str, Any]) -> dict[str, str]:
+    """Return the decision about XLA's flags, which names all of them."""
+    if not chosen:
+        return {}
+    listed = ", ".join(f"{name}={flags.spelled(v)}" for name, v in chosen.items())
+    return {
+        "XLA flags": f"collectives may run beside products: {listed}; XLA_FLAGS and"
+        " LIBTPU_INIT_ARGS win over them"
+    }
 
 
 def _picked(
