@@ -286,6 +286,13 @@ def test_a_dim_that_is_summed_over_is_split_and_added_up():
     assert choice.moves == (("all-reduce", 1, 8 * 6 * 4.0, "result 0"),)
 
 
+def test_an_array_that_is_gathered_over_two_axes_is_counted_whole():
+    choice = choice_of(ruled_rows, [(7, 16), (16,)], {(0, 1): 3}, sizes=(2, 4))
+    gathers = [move for move in choice.moves if move[0] == "all-gather"]
+
+    assert ("all-gather", 3, 7 * 16 * 4.0, "operand 0") in gathers
+
+
 def test_flops_are_those_that_are_traced_or_told():
     shapes = [(8, 4), (4, 6)]
 
