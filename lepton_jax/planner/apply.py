@@ -191,7 +191,9 @@ class _Interpreter:
         if decision.choice is not None:
             results = self._own(op, operands, decision.choice)
             pairs = zip(results, op.outputs, strict=False)
-            return [self._put_where_it_lies(x, value) for x, value in pairs]
+            placed = [self._put_where_it_lies(x, value) for x, value in pairs]
+            # nothing reads the arrays that it needs while it runs
+            return [*placed, *(None for _ in op.outputs[len(placed) :])]
         if product is not None and product.groups > 1:
             results = [self._grouped(op, product, operands, decision)]
         elif op.name == PALLAS:

@@ -511,7 +511,7 @@ class Cost:
             bytes_ *= job.share
         bytes_ /= move.steps
         hidden = job.gather is not None or (
-            move.where == "out" and job.op.outputs[0].stored is not None
+            move.where.startswith(("out", "result")) and value.stored is not None
         )
         # XLA's CPU backend joins all reductions of gradients, and no all-gathers.
         if self.topology.platform == "cpu" and self.motion.is_summed(value):

@@ -42,8 +42,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal, scan_counts
 from lepton_jax.planner.program.rules import ELEMENTWISE, RULES, unknown
 
@@ -332,9 +330,9 @@ class Graph:
         self.values.append(value)
         return value
 
-    def scratch(self, shape: tuple[int, ...]) -> Value:
-        """Add an array that an operation needs while it runs, in float32."""
-        return self._new_value(shape, np.dtype("float32"))
+    def scratch(self, shape: tuple[int, ...], dtype: Any) -> Value:
+        """Add an array that an operation needs while it runs."""
+        return self._new_value(shape, dtype)
 
     def _values_of(
         self,

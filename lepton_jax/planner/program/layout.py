@@ -252,7 +252,8 @@ class Move(NamedTuple):
         "collective-permute" and "permutation" (see `around`).
       axes: mask of the mesh axes over which it runs.
       bytes: of a device (see Link.seconds).
-      where: "left", "right", "out" or "input N".
+      where: "left", "right", "out" or "input N"; of an operation with a user's rule
+        "operand N" or "result N".
       steps: collectives that send these bytes one after the other.
     """
 
