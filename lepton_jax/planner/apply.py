@@ -24,6 +24,7 @@ from lepton_jax.planner.program.layout import (
     contraction,
 )
 from lepton_jax.planner.program.rules import ELEMENTWISE, SOURCES
+from lepton_jax.planner.rewrite.stage_moves import ROLL, rolled_over
 from lepton_jax.step.training_loss import argument_paths
 
 # Primitives whose results XLA's own propagation never gets wrong: they need no
@@ -175,7 +176,9 @@ class _Interpreter:
             results = self._kernel(op, operands, decision)
             pairs = zip(results, op.outputs, strict=True)
             return [self._put_where_it_lies(x, value) for x, value in pairs]
-        if product is not None and product.groups > 1:
+        if op.name == ROLL:
+            results = [self._rolled(op, operands[0])]
+        elif product is not None and product.groups > 1:
             results = [self._grouped(op, product, operands, decision)]
         else:
             results = _bind(op.eqn, operands)
@@ -292,6 +295,28 @@ class _Interpreter:
             out_specs=results,
             check_vma=False,
         )(*operands)
+
+    def _rolled(self, op: Operation, held: Any) -> Any:
+        """Hand what each stage holds to the next one, device by device."""
+        value = op.inputs[0]
+        assert value is not None
+        spec = self.layout.spec(value)
+        if not spec[0]:
+            return _bind(op.eqn, [held])[0]
+        local = partial(
+            rolled_over,
+            axes=_axes(spec[0], self.mesh.axis_names),
+            devices=self.layout.counts[spec[0]],
+            **op.params,
+        )
+        partitioned = partition(spec, self.mesh.axis_names)
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=partitioned,
+            out_specs=partitioned,
+            check_vma=False,
+        )(held)
 
     def _grouped(
         self,

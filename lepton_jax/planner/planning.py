@@ -19,7 +19,7 @@ from lepton_jax.planner.patience import LIMIT_SECONDS, Patience
 from lepton_jax.planner.plans import OBJECTIVES, SIMPLEST, Plan, Rival, check_effects
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.trace import Trace
-from lepton_jax.planner.search import advice, limits
+from lepton_jax.planner.search import advice, limits, staging
 from lepton_jax.planner.search import pins as pinning
 from lepton_jax.planner.search.build import Verdict, build, without_data
 from lepton_jax.planner.search.descent import search
@@ -36,6 +36,7 @@ def plan(
     pins: Mapping[str, Any] | None = None,
     remat: str | None = None,
     micro_batches: int | None = None,
+    stages: int | tuple[int, ...] | None = None,
     time_limit: float | None = LIMIT_SECONDS,
 ) -> Plan:
     """Search for the best way to lay a traced recipe out on a topology.
@@ -52,6 +53,9 @@ def plan(
         they are kept, over axes of `mesh`.
       remat: "none", "dots" or "full"; None: the mildest that fits.
       micro_batches: parts of a batch; None: the recipe's, or the fewest that fit.
+      stages: of a pipeline for a stack of equal layers: their number, or (stages,
+        micro-batches in flight), or these and the chunks of a stage; 1: no pipeline;
+        None: those of a mesh axis called "stage", or the search decides.
       time_limit: seconds of computing after which the search stops and the best plan so
         far is taken, which the plan's notes then say; None: no limit. What takes longer
         than 2 s says on stderr how far it is.
@@ -69,6 +73,7 @@ def plan(
         pins=pins,
         remat=remat,
         micro_batches=micro_batches,
+        stages=stages,
         time_limit=time_limit,
     )[0]
 
@@ -99,11 +104,40 @@ def candidates(
     _check_time_limit(request)
 
     with Patience(f"planning for {topology.name}", request.time_limit) as patience:
-        problem, ranked = _searched(trace, topology, request, patience)
-        problem, ranked = _refined(problem, ranked, request)
+        problem, ranked = _best(trace, topology, request, patience)
         if not ranked[0].may_fit:
             raise advice.does_not_fit(problem, ranked, limits.DOUBLINGS)
         return [_plan(problem, chosen, ranked) for chosen in ranked[:count]]
+
+
+def _best(
+    trace: Trace,
+    topology: Topology,
+    request: pinning.Request,
+    patience: Patience,
+) -> tuple[Problem, list[Candidate]]:
+    """Return the best of the searches without a pipeline and with some.
+
+    Each comes as its problem and its candidates, best first.
+    """
+    own = staging.asked(request, trace, f"plan for {topology.name}")
+    if own.count is not None and own.count > 1:
+        found = [
+            _searched(trace.staged(stages), topology, request, patience)
+            for stages in staging.options(own, trace, topology)
+        ]
+        return max(found, key=_merit)
+
+    problem, ranked = _searched(trace, topology, request, patience)
+    best = _refined(problem, ranked, request)
+    if own.count == 1 or request.mesh is not None:
+        return best
+    for stages in staging.worth_trying(best[0], best[1][0]):
+        if patience.cut:
+            break
+        other = _searched(best[0].trace.staged(stages), topology, request, patience)
+        best = max(best, other, key=_merit)
+    return best
 
 
 def _searched(
@@ -116,6 +150,7 @@ def _searched(
     patience.detail = "tracing the gradient"
     names = Names(trace.gradient("none"), trace.arguments)
     pins = pinning.read(request, trace, topology, names)
+    pins = staging.staged(pins, trace.forms.stages, topology)
     problem = Problem(trace, topology, request.objective, pins, patience)
     return problem, search(problem)
 
@@ -142,12 +177,13 @@ def _refined(
             continue
         tried.add(trace.forms)
         other = _searched(trace, problem.topology, request, problem.patience)
-        best = max(best, other, key=lambda pair: _merit(pair[1][0]))
+        best = max(best, other, key=_merit)
     return best
 
 
-def _merit(candidate: Candidate) -> tuple[bool, bool, float]:
-    """Return what makes a candidate better than that of another search."""
+def _merit(searched: tuple[Problem, list[Candidate]]) -> tuple[bool, bool, float]:
+    """Return what makes the best candidate of a search better than another's."""
+    candidate = searched[1][0]
     return candidate.fits, candidate.may_fit, -candidate.score
 
 

@@ -20,13 +20,22 @@ from lepton_jax.errors import PlanError
 from lepton_jax.planner.program.graph import Graph
 from lepton_jax.planner.program.layout import Layout, meets_stored
 from lepton_jax.planner.program.trace import Trace
-from lepton_jax.planner.rewrite import Forms
+from lepton_jax.planner.rewrite import Forms, Stages
 from lepton_jax.trees import by_path
 
 # what a plan may be best in: time of a step, memory of a device, price of a step
 OBJECTIVES = ("time", "memory", "cost")
 # fields that plans of older versions lack
-SINCE = {"peak_least", "peak_bound", "peak_source", "loss_pieces", "attention"}
+SINCE = {
+    "peak_least",
+    "peak_bound",
+    "peak_source",
+    "loss_pieces",
+    "attention",
+    "stages",
+    "stage_parts",
+    "stage_chunks",
+}
 # kinds of bytes that XLA decides
 DECIDED_BY_XLA = ("gradients", "activations", "temporaries")
 # the key in `Plan.reasons` of a plan that is not the very best
@@ -164,6 +173,9 @@ class Plan:
         about; 1: all logits are there at once.
       attention: the kernel that computes attention: "blocks", "splash" (TPUs), or "":
         the model's own operations.
+      stages: of a pipeline of equal layers; 1: there is none.
+      stage_parts: micro-batches that are in flight in the pipeline.
+      stage_chunks: runs of layers of each stage.
     """
 
     topology: str
@@ -194,6 +206,9 @@ class Plan:
     peak_source: str = ""
     loss_pieces: int = 1
     attention: str = ""
+    stages: int = 1
+    stage_parts: int = 1
+    stage_chunks: int = 1
 
     # How a plan shows itself, by form: "text" and "html". The package fills them in,
     # since the room `show` knows plans, and a plan knows nothing of pictures.
@@ -249,7 +264,12 @@ class Plan:
     @property
     def forms(self) -> Forms:
         """The forms in which the loss is computed."""
-        return Forms(self.loss_pieces, self.attention)
+        return Forms(self.loss_pieces, self.attention, self.pipeline)
+
+    @property
+    def pipeline(self) -> Stages:
+        """The pipeline of a stack of equal layers."""
+        return Stages(self.stages, self.stage_parts, self.stage_chunks)
 
     @property
     def step_seconds(self) -> float:

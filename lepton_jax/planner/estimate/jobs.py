@@ -23,6 +23,7 @@ from lepton_jax.planner.program.graph import Operation, Region, Value
 from lepton_jax.planner.program.kernels import KERNELS
 from lepton_jax.planner.program.layout import Contraction, contraction
 from lepton_jax.planner.program.named import Names
+from lepton_jax.planner.rewrite.stage_moves import MOVES
 from lepton_jax.planner.xla.operations import DOTS, operands
 
 
@@ -107,7 +108,8 @@ class Jobs:
             values = operands(op) + op.outputs[:1]
             # An empty array computes and moves nothing.
             empty = any(0 in v.shape for v in values)
-            if (product is not None or op.whole) and not empty:
+            moves = product is not None or op.whole or op.name in MOVES
+            if moves and not empty:
                 self._add(op, product, loop, values, None)
             if not op.regions and any(v.stored is None for v in op.outputs):
                 self._add_gathers(op, loop)

@@ -44,6 +44,8 @@ from typing import Any
 
 from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal, scan_counts
 from lepton_jax.planner.program.rules import ELEMENTWISE, RULES, unknown
+from lepton_jax.planner.program.staged import behind
+from lepton_jax.planner.rewrite.stage_moves import LAYERS, LAYERS_BACK
 
 # Calls are inlined: primitive name to the parameter that holds the jaxpr of the call.
 CALLS = {
@@ -81,13 +83,16 @@ KEEPING = {
     "transpose",
     "stop_gradient",
     "copy_p",
+    LAYERS,
+    LAYERS_BACK,
 }
 
 # Elements from which on a loop's constant is computed in the loop (see `_sink`).
 # Assumption: below, a copy in memory costs less than computing it at each step.
 WORTH_SINKING = 2**16
 
-# (number of a parameter, the parameter's dim behind each dim of the value)
+# (number of a parameter, the parameter's dim behind each dim of the value, or
+# `staged.NO_DIM`)
 Stored = tuple[int, tuple[int, ...]]
 
 
@@ -747,6 +752,8 @@ def _store_outputs(operation: Operation) -> None:
         index, dims = source.stored
         if operation.name == "transpose":
             dims = tuple(dims[d] for d in operation.params["permutation"])
+        elif operation.name == LAYERS:
+            index, dims = behind(LAYERS, source.stored)
         target.stored = (index, dims)
 
 
@@ -804,6 +811,8 @@ def _store_sources(
         if operation.name == "transpose":
             order = operation.params["permutation"]
             dims = tuple(dims[order.index(d)] for d in range(len(order)))
+        elif operation.name == LAYERS_BACK:
+            parameter, dims = behind(LAYERS_BACK, target.stored)
         _store(source, (parameter, dims))
     elif operation.name == "add_any":
         for source in operation.inputs:

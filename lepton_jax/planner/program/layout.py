@@ -50,6 +50,8 @@ from lepton_jax.planner.program.kernels import (
     length_dim,
     split,
 )
+from lepton_jax.planner.program.staged import NO_DIM, sent
+from lepton_jax.planner.rewrite.stage_moves import MOVES, PICK, PLACE
 
 # A mask of mesh axes for each dim; mesh axis i is bit 1 << i.
 Spec = tuple[int, ...]
@@ -114,7 +116,9 @@ def contraction(op: Operation) -> Contraction | None:
     if name in ("scatter-add", "scatter_add") and None not in op.inputs[1:3]:
         return _scattered_sum(op)
     if name.startswith("reduce_") and "axes" in op.params:
-        return _reduction(op)
+        return _reduction(op, op.params["axes"])
+    if name == PICK:
+        return _reduction(op, (0,))
     return None
 
 
@@ -213,11 +217,10 @@ def _scattered_sum(op: Operation) -> Contraction:
     return Contraction(2, 1, tuple(indices))
 
 
-def _reduction(op: Operation) -> Contraction | None:
+def _reduction(op: Operation, axes: Iterable[int]) -> Contraction | None:
     source = op.inputs[0]
     if source is None or len(op.outputs) != 1:
         return None
-    axes = op.params["axes"]
     out = iter(range(len(op.outputs[0].shape)))
     indices = []
     for d in range(len(source.shape)):
@@ -345,7 +348,7 @@ class Layout:
             return self.use(value)
         index, dims = value.stored
         stored = self.storage[index]
-        return tuple(stored[dim] for dim in dims)
+        return tuple(0 if dim == NO_DIM else stored[dim] for dim in dims)
 
     def result(
         self,
@@ -416,6 +419,8 @@ class Layout:
             return self._contract(op, product, specs, wanted, moves)
         if op.name in KERNELS:
             return self._attend(op, specs)
+        if op.name in MOVES:
+            return self._move_stages(op, specs)
 
         for number, dim in op.whole:
             spec = specs.get(number, ())
@@ -472,6 +477,26 @@ class Layout:
             sizes = [self.bytes(value, self.spec(value)) for value in op.outputs]
             moves += [Move("all-to-all", length, size, "out") for size in sizes]
         return Decision(wanted, None, tuple(moves))
+
+    def _move_stages(
+        self,
+        op: Operation,
+        specs: dict[int, Spec],
+    ) -> Decision:
+        """Decide how a move between stages is split: as its result is."""
+        value = op.inputs[0]
+        if value is None:
+            return Decision({}, None, ())
+        spec = specs[0]
+        if op.name == PLACE:
+            goal = self.spec(op.outputs[0])[1:]
+            moves = self._gather(0, value, spec, goal)
+            return Decision({} if goal == spec else {0: goal}, None, tuple(moves))
+        needs = sent(op, spec)
+        if needs is None:
+            return Decision({}, None, ())
+        size = self.bytes(value, spec)
+        return Decision({}, None, (Move(needs.kind, needs.axes, size, "input 0"),))
 
     def _gather(
         self,

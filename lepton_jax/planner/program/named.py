@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from lepton_jax.planner.program.graph import Graph
 from lepton_jax.planner.program.layout import Spec
+from lepton_jax.planner.rewrite.stage_moves import LAYERS
 
 # Bytes: a smaller array is kept whole on each device. Assumption: gathering it would
 # cost more than it frees.
@@ -94,6 +95,7 @@ class Names:
       of: root to its group's number.
       batch: number of the batch's group; None: there is no batch.
       rows: numbers of the groups by which embeddings are looked up.
+      stages: numbers of the groups that are the stages of a pipeline.
       batched: indices of the values that hold samples.
       patterns: for each input, its path with layer numbers starred.
     """
@@ -120,6 +122,7 @@ class Names:
 
         self.batch = self._batch_group(roots)
         self.rows = self._row_groups()
+        self.stages = self._stage_groups()
         self.batched = self._values_with_samples()
         self._dims = self._dims_of_inputs()
         self._stored: dict[tuple, list[Spec]] = {}
@@ -295,6 +298,16 @@ class Names:
                 if root in self.of:
                     rows.add(self.of[root])
         return rows - {self.batch}
+
+    def _stage_groups(self) -> set[int]:
+        """Return the groups of the layers that a pipeline divides into stages."""
+        stages = set()
+        for op in self.graph.operations():
+            if op.name == LAYERS and op.inputs[0] is not None:
+                root = self.graph.find(op.inputs[0].nodes[0])
+                if root in self.of:
+                    stages.add(self.of[root])
+        return stages
 
     def _values_with_samples(self) -> frozenset[int]:
         if self.batch is None:

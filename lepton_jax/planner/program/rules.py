@@ -15,7 +15,9 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 
 from lepton_jax.planner.program.kernels import join_attention
+from lepton_jax.planner.program.staged import join_stages
 from lepton_jax.planner.rewrite.attention import ATTENTION, ATTENTION_GRADIENT
+from lepton_jax.planner.rewrite.stage_moves import MOVES
 
 # A rule is called with the graph, whose join(a, b) says that two nodes are one, and the
 # operation, whose `whole` and `reduced` it fills. Dims that a rule does not join stay
@@ -604,6 +606,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys(REDUCTIONS, _reduction),
     **dict.fromkeys(SOURCES, _source),
+    **dict.fromkeys(MOVES, join_stages),
     ATTENTION: join_attention,
     ATTENTION_GRADIENT: join_attention,
     "argmax": _arg_reduction,

@@ -15,7 +15,10 @@ from typing import Any
 
 from lepton_jax.compat import ClosedJaxpr, Jaxpr
 from lepton_jax.planner.rewrite import head, softmax, splash
+from lepton_jax.planner.rewrite.pipeline import Stages
 from lepton_jax.planner.rewrite.program import opened, parts
+from lepton_jax.planner.rewrite.stages import in_stages
+from lepton_jax.step.training_loss import ARGUMENTS
 
 # Bytes of logits in float32 that a device may hold at once. Assumption: a hundredth of
 # the memory of the chips that train language models (v5p 95 GiB, H200 141 GB).
@@ -42,6 +45,8 @@ LEAST_LENGTH = {"cpu": 256, "tpu": 512, "gpu": 1024}
 # Bytes of scores in float32 on a device from which a GPU computes attention in blocks.
 # Assumption: blocks cost more kernels, and save what scores take.
 MOST_SCORES = 2**30
+# Numbers of a training loss's arguments that hold samples.
+SAMPLES = tuple(ARGUMENTS.index(name) for name in ("inputs", "targets"))
 
 
 @dataclass(frozen=True)
@@ -52,13 +57,15 @@ class Forms:
       loss_pieces: pieces of the tokens whose logits are computed one after the other.
       attention: the kernel that computes attention, as in `attention.How`; "": the
         model's own operations.
+      stages: the pipeline of a stack of equal layers.
     """
 
     loss_pieces: int = 1
     attention: str = ""
+    stages: Stages = Stages()
 
     def of(self, loss: Callable) -> Callable:
-        """Return a training loss in these forms."""
+        """Return a training loss in these forms, but for the pipeline."""
         return head.in_pieces(softmax.fused(loss, self.attention), self.loss_pieces)
 
     def around(self, remade: Callable[[Callable], Callable]) -> Callable:
@@ -104,7 +111,7 @@ def logits_bytes(elements: int, devices: int) -> float:
 
 
 def _in_turn(forms: Forms, remade: Callable, loss: Callable) -> Callable:
-    return remade(forms.of(loss))
+    return in_stages(remade(forms.of(loss)), forms.stages, SAMPLES)
 
 
 def _loss_pieces(

@@ -93,6 +93,33 @@ def by_layer(rounds: Any, chunks: int = 1) -> Any:
     return layers_back_p.bind(rounds, stages=rounds.shape[1], chunks=chunks)
 
 
+def rolled_over(
+    held: Any,
+    by: int,
+    wraps: bool,
+    axes: tuple[str, ...],
+    devices: int,
+) -> Any:
+    """Return a device's part of what each stage holds after `roll`.
+
+    Args:
+      held: its part, (stages on it, ...).
+      by: as in `roll`.
+      wraps: likewise.
+      axes: mesh axes over which stages are divided.
+      devices: the number of devices along them.
+    """
+    pairs = [(device, device + by) for device in range(devices)]
+    if wraps:
+        pairs = [(device, to % devices) for device, to in pairs]
+    else:
+        pairs = [(device, to) for device, to in pairs if 0 <= to < devices]
+    edge = held[-1:] if by > 0 else held[:1]
+    handed = jax.lax.ppermute(edge, axes, pairs)
+    parts = [handed, held[:-1]] if by > 0 else [held[1:], handed]
+    return jnp.concatenate(parts)
+
+
 # ---- internals: what each computes where nothing is divided ----
 
 

@@ -135,6 +135,26 @@ def largest(found: Iterator[Stack], stages: Stages | None = None) -> Stack | Non
     return max(able, key=_bytes_of_layers, default=None)
 
 
+def layers_of(
+    function: Callable,
+    count: int,
+    batched: tuple[int, ...],
+    args: tuple,
+) -> int:
+    """Return the layers of a function's largest stack; 0: it has none.
+
+    Args:
+      function: as in `in_stages`.
+      count: the number of micro-batches in a batch, above 1.
+      batched: as in `in_stages`.
+      args: shapes of its arguments.
+    """
+    whole = opened(jax.make_jaxpr(function)(*args))
+    part = traced_for(function, count, batched, args)
+    stack = largest(stacks(whole, part, count))
+    return 0 if stack is None else stack.layers
+
+
 def divides(layers: int, stages: Stages) -> bool:
     """Whether a number of layers is the same on each stage, in each chunk."""
     return layers % (stages.count * stages.chunks) == 0

@@ -109,6 +109,9 @@ def build(
         peak_bound=verdict.bounds.most,
         loss_pieces=trace.forms.loss_pieces,
         attention=trace.forms.attention,
+        stages=trace.forms.stages.count,
+        stage_parts=trace.forms.stages.parts,
+        stage_chunks=trace.forms.stages.chunks,
     )
 
 

@@ -39,7 +39,8 @@ def finish(
     rows = 1
     if names.batch is not None:
         split = assignment.counts[sample_axes(assignment, names)]
-        rows = problem.trace.recipe.batch_size // split
+        pieces = split * problem.trace.forms.stages.parts
+        rows = max(1, problem.trace.recipe.batch_size // pieces)
 
     asked = problem.pins.micro_batches
     options = [asked] if asked else powers(rows)

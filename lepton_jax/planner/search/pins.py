@@ -36,6 +36,7 @@ class Request:
     pins: Mapping[str, Any] | None = None
     remat: str | None = None
     micro_batches: int | None = None
+    stages: Any = None
     time_limit: float | None = LIMIT_SECONDS
 
 
@@ -50,6 +51,7 @@ class Pins:
         split the batch.
       storage: parameter's path to the spec with which it is kept.
       remat, micro_batches: None: the search decides.
+      stage_axes: mask of the mesh axes over which the stages of a pipeline are divided.
     """
 
     meshes: tuple[tuple[int, ...], ...] = ()
@@ -58,6 +60,7 @@ class Pins:
     storage: Mapping[str, Spec] = field(default_factory=dict)
     remat: str | None = None
     micro_batches: int | None = None
+    stage_axes: int = 0
 
     def force(
         self,
@@ -65,11 +68,16 @@ class Pins:
         names: Names,
     ) -> Assignment:
         """Return the assignment with pinned named axes as they are pinned."""
-        if not self.groups:
+        if not self.groups and not self.stage_axes:
             return assignment
 
         samples = sample_axes(assignment, names)
         masks = list(assignment.masks)
+        for k in range(len(masks)):
+            if k in names.stages:
+                masks[k] = self.stage_axes
+            elif k != names.batch:
+                masks[k] &= ~self.stage_axes
         for k, group in enumerate(names.groups):
             if group.name in self.groups:
                 taken = 0 if k == names.batch else samples

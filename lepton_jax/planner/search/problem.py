@@ -202,10 +202,10 @@ class Problem:
     def shared(self, names: Names) -> set[int]:
         """Return the groups that may share a mesh axis with the samples.
 
-        These are experts, and rows that are looked up.
+        These are experts, rows that are looked up, and stages.
         """
         if self._shared is None:
-            self._shared = expert_groups(names) | names.rows
+            self._shared = expert_groups(names) | names.rows | names.stages
         return self._shared
 
     @property

@@ -1,0 +1,75 @@
+"""Moves between the stages of a pipeline: what the planner knows of them.
+
+The operations are those of `rewrite.stage_moves`. Stages are a named axis: dim 0 of
+what they hold, and the layers of the parameters. Where it is divided over devices,
+
+    stage_roll       sends what a device holds to the next one: a collective permute
+    stage_place      needs the samples that enter on each device: an all-gather, where
+                     the batch is divided over the same devices
+    stage_pick       adds up what one stage holds and zeros: an all-reduce, or a
+                     reduce-scatter to such a batch
+    stage_layers     sends nothing; with chunks, parameters change places: an all-to-all
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from lepton_jax.planner.rewrite.stage_moves import (
+    LAYERS,
+    LAYERS_BACK,
+    PICK,
+    PLACE,
+    ROLL,
+)
+
+# for a dim of a value that its parameter lacks, in `Value.stored`
+NO_DIM = -1
+
+Spec = tuple[int, ...]
+
+
+class Sent(NamedTuple):
+    """What an operation sends: a kind of collective, over the mesh axes of a mask."""
+
+    kind: str
+    axes: int
+
+
+def join_stages(graph: Any, op: Any) -> None:
+    """Join the dims of a move between stages."""
+    source = op.inputs[0]
+    target = op.outputs[0]
+    if source is None:
+        return
+    nodes = list(source.nodes)
+    others = list(target.nodes)
+    if op.name == PLACE:
+        others = others[1:]
+    elif op.name == PICK:
+        nodes = nodes[1:]
+        op.reduced.append((0, 0))
+    elif op.name == LAYERS:
+        others = others[1:]
+    elif op.name == LAYERS_BACK:
+        nodes = nodes[1:]
+    for a, b in zip(nodes, others, strict=True):
+        graph.join(a, b)
+
+
+def behind(name: str, stored: tuple[int, tuple[int, ...]]) -> tuple[int, tuple]:
+    """Return the parameter's dims behind those of its layers by stage."""
+    number, dims = stored
+    assert name in (LAYERS, LAYERS_BACK), name
+    return number, (NO_DIM, *dims)
+
+
+def sent(op: Any, spec: Spec) -> Sent | None:
+    """Return what a move sends of an operand that lies so; None: nothing."""
+    if op.name == ROLL and spec[0]:
+        return Sent("collective-permute", spec[0])
+    if op.name == LAYERS and op.params["chunks"] > 1 and spec[0]:
+        return Sent("all-to-all", spec[0])
+    if op.name == LAYERS_BACK and op.params["chunks"] > 1 and spec[1]:
+        return Sent("all-to-all", spec[1])
+    return None
