@@ -248,6 +248,7 @@ class Trainer:
         pins: dict[str, Any] | None = None,
         remat: str | None = None,
         micro_batches: int | None = None,
+        stages: int | tuple[int, ...] | None = None,
     ) -> Plan:
         """Return the plan for a topology, which need not be there.
 
@@ -262,6 +263,7 @@ class Trainer:
           pins: pattern of parameter paths to the PartitionSpec to use.
           remat: "none", "dots" or "full"; None: the mildest that fits.
           micro_batches: parts of a batch; None: the recipe's, or the fewest that fit.
+          stages: of a pipeline, as in `lepton_jax.plan`; None: only where it is better.
 
         Raises:
           PlanError: no such topology, nothing fits, or a pin is impossible.
@@ -288,6 +290,7 @@ class Trainer:
             pins=pins,
             remat=remat,
             micro_batches=micro_batches,
+            stages=stages,
         )
 
     def fit(

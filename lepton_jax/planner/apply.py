@@ -24,7 +24,9 @@ from lepton_jax.planner.program.layout import (
     contraction,
 )
 from lepton_jax.planner.program.rules import ELEMENTWISE, SOURCES
+from lepton_jax.planner.program.staged import attention_spec
 from lepton_jax.planner.rewrite.stage_moves import ROLL, rolled_over
+from lepton_jax.planner.rewrite.staged_attention import STAGED_KERNELS
 from lepton_jax.step.training_loss import argument_paths
 
 # Primitives whose results XLA's own propagation never gets wrong: they need no
@@ -172,7 +174,7 @@ class _Interpreter:
         product = contraction(op)
         decision = self.layout.decide(op, product)
         operands = self._move_operands(op, operands, decision)
-        if op.name in KERNELS:
+        if op.name in (*KERNELS, *STAGED_KERNELS):
             results = self._kernel(op, operands, decision)
             pairs = zip(results, op.outputs, strict=True)
             return [self._put_where_it_lies(x, value) for x, value in pairs]
@@ -282,11 +284,12 @@ class _Interpreter:
         for number, value in enumerate(op.inputs):
             assert value is not None
             specs.append(decision.inputs.get(number, self.layout.spec(value)))
-        samples = specs[0][BATCH]
-        heads = specs[0][HEADS]
         results = []
         for value in op.outputs:
-            spec = split(value.shape, samples, heads)
+            if op.name in STAGED_KERNELS:
+                spec = attention_spec(specs, value.shape)
+            else:
+                spec = split(value.shape, specs[0][BATCH], specs[0][HEADS])
             results.append(partition(spec, self.mesh.axis_names))
         return jax.shard_map(
             lambda *local: _bind(op.eqn, list(local)),

@@ -22,6 +22,8 @@ from lepton_jax.planner import Plan, Trace, ahead, candidates
 from lepton_jax.planner.estimate.feeding import size
 from lepton_jax.planner.probe import early
 from lepton_jax.planner.program.kernels import KERNELS, attention_flops
+from lepton_jax.planner.program.staged import of_one_stage
+from lepton_jax.planner.rewrite.staged_attention import STAGED_KERNELS
 from lepton_jax.planner.show.text import meshed
 from lepton_jax.planner.show.words import si
 from lepton_jax.train.program import Program
@@ -110,8 +112,9 @@ def _kernel_flops(trace: Trace, plan: Plan) -> float:
     if not plan.attention.startswith("splash"):
         return 0.0
     graph = replace(trace, forms=plan.forms).gradient(plan.remat)
-    kernels = [op for op in graph.operations() if op.name in KERNELS]
-    whole = sum(op.times * attention_flops(op) for op in kernels)
+    names = (*KERNELS, *STAGED_KERNELS)
+    kernels = [op for op in graph.operations() if op.name in names]
+    whole = sum(op.times * attention_flops(of_one_stage(op)) for op in kernels)
     return whole / math.prod(plan.mesh.values())
 
 

@@ -67,7 +67,9 @@ from lepton_jax.planner.program.layout import (
     meets_stored,
 )
 from lepton_jax.planner.program.named import Names
+from lepton_jax.planner.program.staged import of_one_stage
 from lepton_jax.planner.program.trace import Trace
+from lepton_jax.planner.rewrite.staged_attention import STAGED_KERNELS
 from lepton_jax.planner.xla import operations
 from lepton_jax.planner.xla.figures import HIDDEN_SHARE
 from lepton_jax.planner.xla.operations import DOTS
@@ -383,7 +385,7 @@ class Cost:
             and not moved_before(layout, job.product, decision, move, job.earlier)
         )
         collectives = self._compiled(moves, job, layout)
-        if job.op.name in KERNELS:
+        if job.op.name in (*KERNELS, *STAGED_KERNELS):
             return self._kernel(job.op, layout, decision, collectives)
         if job.op.name not in DOTS or job.product is None:
             return Work(0.0, 0.0, collectives)
@@ -409,8 +411,9 @@ class Cost:
         assert query is not None
         spec = decision.inputs.get(0, layout.use(query))
         share = layout.bytes(query, spec) / operations.size(query)
-        flops = share * attention_flops(op)
-        seconds = attention_seconds(op, self.chip) * share + self.chip.op_seconds
+        whole = of_one_stage(op)
+        flops = share * attention_flops(whole)
+        seconds = attention_seconds(whole, self.chip) * share + self.chip.op_seconds
         return Work(seconds, flops, collectives)
 
     def _compiled(

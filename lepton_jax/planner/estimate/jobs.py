@@ -24,6 +24,7 @@ from lepton_jax.planner.program.kernels import KERNELS
 from lepton_jax.planner.program.layout import Contraction, contraction
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.rewrite.stage_moves import MOVES
+from lepton_jax.planner.rewrite.staged_attention import STAGED_KERNELS
 from lepton_jax.planner.xla.operations import DOTS, operands
 
 
@@ -147,7 +148,7 @@ class Jobs:
         before = [read.op for reads in earlier.values() for read in reads]
         involved = [v for o in before for v in (*operands(o), *o.outputs)]
         groups = self._groups([*values, *involved])
-        if not groups and op.name not in DOTS and op.name not in KERNELS:
+        if not groups and op.name not in (*DOTS, *KERNELS, *STAGED_KERNELS):
             return
         looks = self._looks(op, values)
         taps = used_taps(op, self._pads.before(op))

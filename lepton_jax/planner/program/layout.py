@@ -50,8 +50,9 @@ from lepton_jax.planner.program.kernels import (
     length_dim,
     split,
 )
-from lepton_jax.planner.program.staged import NO_DIM, sent
+from lepton_jax.planner.program.staged import NO_DIM, attention_spec, sent
 from lepton_jax.planner.rewrite.stage_moves import MOVES, PICK, PLACE
+from lepton_jax.planner.rewrite.staged_attention import STAGED_KERNELS
 
 # A mask of mesh axes for each dim; mesh axis i is bit 1 << i.
 Spec = tuple[int, ...]
@@ -419,6 +420,8 @@ class Layout:
             return self._contract(op, product, specs, wanted, moves)
         if op.name in KERNELS:
             return self._attend(op, specs)
+        if op.name in STAGED_KERNELS:
+            return self._attend_in_stages(op, specs)
         if op.name in MOVES:
             return self._move_stages(op, specs)
 
@@ -476,6 +479,23 @@ class Layout:
         if length:
             sizes = [self.bytes(value, self.spec(value)) for value in op.outputs]
             moves += [Move("all-to-all", length, size, "out") for size in sizes]
+        return Decision(wanted, None, tuple(moves))
+
+    def _attend_in_stages(
+        self,
+        op: Operation,
+        specs: dict[int, Spec],
+    ) -> Decision:
+        """Decide how attention of all stages is split: stages, samples and heads."""
+        wanted = {}
+        moves = []
+        for number, spec in specs.items():
+            value = op.inputs[number]
+            assert value is not None
+            goal = attention_spec(specs.values(), value.shape)
+            if goal != spec:
+                wanted[number] = goal
+                moves += self._gather(number, value, spec, goal)
         return Decision(wanted, None, tuple(moves))
 
     def _move_stages(

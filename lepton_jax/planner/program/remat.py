@@ -45,12 +45,13 @@ import jax
 from lepton_jax.compat import ClosedJaxpr, Literal, at_source, scan_counts
 from lepton_jax.planner.rewrite.attention import ATTENTION
 from lepton_jax.planner.rewrite.pipeline import PROJECTION
+from lepton_jax.planner.rewrite.staged_attention import STAGED
 
 
 def _projections(primitive: Any, *avals: Any, **params: Any) -> bool:
     """Whether an operation is a projection, or a kernel that keeps as little."""
     keeps = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    if params.get("name") == PROJECTION:
+    if params.get("name") == PROJECTION or primitive.name == STAGED:
         return True
     return primitive.name == ATTENTION or bool(keeps(primitive, *avals, **params))
 

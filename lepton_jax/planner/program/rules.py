@@ -15,9 +15,10 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 
 from lepton_jax.planner.program.kernels import join_attention
-from lepton_jax.planner.program.staged import join_stages
+from lepton_jax.planner.program.staged import join_staged_attention, join_stages
 from lepton_jax.planner.rewrite.attention import ATTENTION, ATTENTION_GRADIENT
 from lepton_jax.planner.rewrite.stage_moves import MOVES
+from lepton_jax.planner.rewrite.staged_attention import STAGED_KERNELS
 
 # A rule is called with the graph, whose join(a, b) says that two nodes are one, and the
 # operation, whose `whole` and `reduced` it fills. Dims that a rule does not join stay
@@ -607,6 +608,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(REDUCTIONS, _reduction),
     **dict.fromkeys(SOURCES, _source),
     **dict.fromkeys(MOVES, join_stages),
+    **dict.fromkeys(STAGED_KERNELS, join_staged_attention),
     ATTENTION: join_attention,
     ATTENTION_GRADIENT: join_attention,
     "argmax": _arg_reduction,

@@ -13,8 +13,10 @@ what they hold, and the layers of the parameters. Where it is divided over devic
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from lepton_jax.planner.rewrite.attention import ATTENTION, ATTENTION_GRADIENT
 from lepton_jax.planner.rewrite.stage_moves import (
     LAYERS,
     LAYERS_BACK,
@@ -22,6 +24,20 @@ from lepton_jax.planner.rewrite.stage_moves import (
     PLACE,
     ROLL,
 )
+from lepton_jax.planner.rewrite.staged_attention import (
+    STAGED,
+    STAGED_GRADIENT,
+    STAGED_KERNELS,
+    one_stage,
+)
+
+# Dims of the arrays of attention of all stages: (stages, batch, length, heads, width),
+# (stages, batch, heads, length) and (stages, batch, length).
+STAGES = 0
+SAMPLES = 1
+HEADS = {5: 3, 4: 2}
+LENGTH = {5: 2, 4: 3, 3: 2}
+WIDTH = 4
 
 # for a dim of a value that its parameter lacks, in `Value.stored`
 NO_DIM = -1
@@ -73,3 +89,63 @@ def sent(op: Any, spec: Spec) -> Sent | None:
     if op.name == LAYERS_BACK and op.params["chunks"] > 1 and spec[1]:
         return Sent("all-to-all", spec[1])
     return None
+
+
+# ---- attention of all stages ----
+
+
+def join_staged_attention(graph: Any, op: Any) -> None:
+    """Join stages, samples and heads of attention; length and width are whole."""
+    first = op.inputs[0]
+    for number, value in enumerate(op.inputs):
+        rank = len(value.shape)
+        op.whole.append((number, LENGTH[rank]))
+        if rank > WIDTH:
+            op.whole.append((number, WIDTH))
+    for value in (*op.inputs, *op.outputs):
+        rank = len(value.shape)
+        graph.join(value.nodes[STAGES], first.nodes[STAGES])
+        graph.join(value.nodes[SAMPLES], first.nodes[SAMPLES])
+        if rank in HEADS:
+            graph.join(value.nodes[HEADS[rank]], first.nodes[HEADS[len(first.shape)]])
+        if rank > WIDTH:
+            graph.join(value.nodes[WIDTH], first.nodes[WIDTH])
+
+
+def attention_spec(specs: Any, shape: Any) -> Spec:
+    """Return the spec of one of attention's arrays, split as all of them can be.
+
+    Args:
+      specs: those of its inputs.
+      shape: of the array.
+    """
+    stages = samples = heads = -1
+    for spec in specs:
+        stages &= spec[STAGES]
+        samples &= spec[SAMPLES]
+        if len(spec) in HEADS:
+            heads &= spec[HEADS[len(spec)]]
+    spec = [0] * len(shape)
+    spec[STAGES] = stages
+    spec[SAMPLES] = samples
+    if len(shape) in HEADS:
+        spec[HEADS[len(shape)]] = heads
+    return tuple(spec)
+
+
+def of_one_stage(op: Any) -> Any:
+    """Return attention of all stages as attention of one that has all samples."""
+    if op.name not in STAGED_KERNELS:
+        return op
+    names = {STAGED: ATTENTION, STAGED_GRADIENT: ATTENTION_GRADIENT}
+
+    def merged(value: Any) -> Any:
+        return SimpleNamespace(shape=one_stage(value.shape), dtype=value.dtype)
+
+    return SimpleNamespace(
+        name=names[op.name],
+        inputs=[merged(value) for value in op.inputs],
+        outputs=[merged(value) for value in op.outputs],
+        params=op.params,
+        times=op.times,
+    )
