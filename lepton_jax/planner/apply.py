@@ -25,7 +25,13 @@ from lepton_jax.planner.program.layout import (
 )
 from lepton_jax.planner.program.rules import ELEMENTWISE, SOURCES
 from lepton_jax.planner.program.staged import attention_spec
-from lepton_jax.planner.rewrite.stage_moves import ROLL, rolled_over
+from lepton_jax.planner.rewrite.stage_moves import (
+    LAYERS,
+    LAYERS_BACK,
+    ROLL,
+    chunks_exchanged,
+    rolled_over,
+)
 from lepton_jax.planner.rewrite.staged_attention import STAGED_KERNELS
 from lepton_jax.step.training_loss import argument_paths
 
@@ -180,6 +186,8 @@ class _Interpreter:
             return [self._put_where_it_lies(x, value) for x, value in pairs]
         if op.name == ROLL:
             results = [self._rolled(op, operands[0])]
+        elif op.name in (LAYERS, LAYERS_BACK):
+            results = [self._exchanged(op, operands[0])]
         elif product is not None and product.groups > 1:
             results = [self._grouped(op, product, operands, decision)]
         else:
@@ -320,6 +328,35 @@ class _Interpreter:
             out_specs=partitioned,
             check_vma=False,
         )(held)
+
+    def _exchanged(self, op: Operation, layers: Any) -> Any:
+        """Bring the layers of each chunk to their stage, or back."""
+        value = op.inputs[0]
+        assert value is not None
+        spec = self.layout.spec(value)
+        back = op.name == LAYERS_BACK
+        mask = spec[1] if back else spec[0]
+        stages = op.params["stages"]
+        chunks = op.params["chunks"]
+        if chunks == 1 or self.layout.counts[mask] != stages:
+            return _bind(op.eqn, [layers])[0]
+
+        def local(kept: Any) -> Any:
+            kept = kept[:, 0] if back else kept
+            axes = _axes(mask, self.mesh.axis_names)
+            moved = chunks_exchanged(kept, chunks, axes, stages, back)
+            return moved if back else moved[:, None]
+
+        rest = spec[2:] if back else spec[1:]
+        result = (mask, *rest) if back else (0, mask, *rest)
+        names = self.mesh.axis_names
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=partition(spec, names),
+            out_specs=partition(result, names),
+            check_vma=False,
+        )(layers)
 
     def _grouped(
         self,

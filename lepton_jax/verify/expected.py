@@ -156,6 +156,8 @@ def ring(
       size: bytes of the buffer (cf. `CollectiveFound.sent`).
       mesh: sizes of the mesh's axes.
     """
+    if kind == "collective-permute":
+        return size
     devices = math.prod(mesh[axis] for axis in axes)
     passes = 2 if kind == "all-reduce" else 1
     return passes * size * (devices - 1) / devices

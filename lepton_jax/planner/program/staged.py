@@ -8,7 +8,8 @@ what they hold, and the layers of the parameters. Where it is divided over devic
                      the batch is divided over the same devices
     stage_pick       adds up what one stage holds and zeros: an all-reduce, or a
                      reduce-scatter to such a batch
-    stage_layers     sends nothing; with chunks, parameters change places: an all-to-all
+    stage_layers     sends nothing; with chunks, parameters change places, by collective
+                     permutes
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ SAMPLES = 1
 HEADS = {5: 3, 4: 2}
 LENGTH = {5: 2, 4: 3, 3: 2}
 WIDTH = 4
+
+PERMUTE = "collective-permute"
 
 # for a dim of a value that its parameter lacks, in `Value.stored`
 NO_DIM = -1
@@ -83,11 +86,11 @@ def behind(name: str, stored: tuple[int, tuple[int, ...]]) -> tuple[int, tuple]:
 def sent(op: Any, spec: Spec) -> Sent | None:
     """Return what a move sends of an operand that lies so; None: nothing."""
     if op.name == ROLL and spec[0]:
-        return Sent("collective-permute", spec[0])
+        return Sent(PERMUTE, spec[0])
     if op.name == LAYERS and op.params["chunks"] > 1 and spec[0]:
-        return Sent("all-to-all", spec[0])
+        return Sent(PERMUTE, spec[0])
     if op.name == LAYERS_BACK and op.params["chunks"] > 1 and spec[1]:
-        return Sent("all-to-all", spec[1])
+        return Sent(PERMUTE, spec[1])
     return None
 
 

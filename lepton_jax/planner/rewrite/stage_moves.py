@@ -38,6 +38,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 
@@ -118,6 +119,74 @@ def rolled_over(
     handed = jax.lax.ppermute(edge, axes, pairs)
     parts = [handed, held[:-1]] if by > 0 else [held[1:], handed]
     return jnp.concatenate(parts)
+
+
+def chunks_exchanged(
+    layers: Any,
+    chunks: int,
+    axis: tuple[str, ...],
+    stages: int,
+    back: bool,
+) -> Any:
+    """Return a device's layers after those of each chunk went to their stage.
+
+    The state keeps neighbouring layers on a device, and stages have every so-manieth
+    run of them. With two stages of two chunks, device 0 keeps the runs 0 and 1 and
+    computes 0 and 2. So in round r each device sends to the device r places on the run
+    that it keeps for it, if there is one.
+
+    Args:
+      layers: those of a device, (layers, ...); a stage on each device.
+      chunks: runs of layers of a stage.
+      axis: mesh axes over which stages are divided.
+      stages: their number.
+      back: whether they go back to where they are kept.
+    """
+    runs = layers.reshape(chunks, -1, *layers.shape[1:])
+    own = jax.lax.axis_index(axis)
+    result = jnp.zeros_like(runs)
+    for shift in range(stages):
+        for again in range(-(-chunks // stages)):
+            number = (np.arange(stages) * (1 - chunks) + shift) % stages
+            number += again * stages
+            pairs, taken, put = _round(number, shift, chunks, stages)
+            if back:
+                pairs = [(to, sender) for sender, to in pairs]
+                taken, put = put, taken
+            run = jax.lax.dynamic_index_in_dim(runs, jnp.array(taken)[own], 0)
+            run = jax.lax.ppermute(run, axis, pairs)
+            place_ = jnp.array(put)[own]
+            whole = jax.lax.dynamic_update_index_in_dim(result, run, place_, 0)
+            receives = jnp.isin(own, np.array([to for _, to in pairs], np.int32))
+            result = jnp.where(receives, whole, result)
+    return result.reshape(layers.shape)
+
+
+def _round(
+    number: np.ndarray,
+    shift: int,
+    chunks: int,
+    stages: int,
+) -> tuple[list[tuple[int, int]], list[int], list[int]]:
+    """Return who sends to whom, the run that each takes, and where it is put.
+
+    Args:
+      number: the run that each device would send; none if it is beyond its chunks.
+      shift: how many places on the receiver is.
+      chunks: runs that a device keeps.
+      stages: the number of devices.
+    """
+    pairs = []
+    taken = [0] * stages
+    put = [0] * stages
+    for sender in range(stages):
+        if number[sender] >= chunks:
+            continue
+        to = (sender + shift) % stages
+        pairs.append((sender, to))
+        taken[sender] = int(number[sender])
+        put[to] = int(sender * chunks + number[sender]) // stages
+    return pairs, taken, put
 
 
 # ---- internals: what each computes where nothing is divided ----
