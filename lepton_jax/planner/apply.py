@@ -316,9 +316,10 @@ class _Interpreter:
             return _bind(op.eqn, [held])[0]
         local = partial(
             rolled_over,
+            by=op.params["by"],
+            wraps=op.params["wraps"],
             axes=_axes(spec[0], self.mesh.axis_names),
             devices=self.layout.counts[spec[0]],
-            **op.params,
         )
         partitioned = partition(spec, self.mesh.axis_names)
         return jax.shard_map(

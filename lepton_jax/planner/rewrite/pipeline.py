@@ -1,10 +1,10 @@
 """The turns of a pipeline: see `stages` for what it is.
 
-    >>> clock = Clock(Stages(count=2, parts=4, chunks=2))
-    >>> clock.stages.turns
-    9
-    >>> [(clock.part(u), clock.chunk(u)) for u in range(8)]
-    [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (3, 0), (2, 1), (3, 1)]
+>>> clock = Clock(Stages(count=2, parts=4, chunks=2))
+>>> clock.stages.turns
+9
+>>> [(clock.part(u), clock.chunk(u)) for u in range(8)]
+[(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (3, 0), (2, 1), (3, 1)]
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ REMADE = ("checkpoint", "remat2")
 RANDOM = ("random_bits", "random_split", "rng_bit_generator")
 
 
-class Stages(NamedTuple):
+@dataclass(frozen=True)
+class Stages:
     """The pipeline of a stack of layers.
 
     Attributes:
@@ -179,7 +180,7 @@ def _differing(
     for eqn, other in zip(whole.eqns, part.eqns, strict=False):
         name = eqn.primitive.name
         if name in RANDOM:
-            pairs = zip(eqn.outvars, other.outvars, strict=True)
+            pairs: Any = zip(eqn.outvars, other.outvars, strict=True)
             if any(a.aval.shape != b.aval.shape for a, b in pairs):
                 yield eqn, other
         if inside is None or name in inside:
@@ -391,9 +392,7 @@ class Pipeline:
         return jnp.concatenate([x, *unread])[: self.stages.turns]
 
     def _everywhere(self, x: Any) -> Any:
-        return jax.lax.stop_gradient(
-            jnp.broadcast_to(x, (self.stages.count, *x.shape))
-        )
+        return jax.lax.stop_gradient(jnp.broadcast_to(x, (self.stages.count, *x.shape)))
 
     # ---- layers ----
 

@@ -18,10 +18,11 @@ mapped over its first dim. The planner finds that dim as a named axis, like the 
 the heads, and may divide it over the devices; parameters of the stack follow. So it is
 the form of GPipe (Huang et al. 2019, arXiv 1811.06965) as Xu et al. vectorize it (2021,
 "GSPMD", arXiv 2105.04663, section 3.3), and its backward pass is its derivative, which
-runs the turns back: activations of all micro-batches in flight are kept (layer inputs
-alone where layers are rematerialized). 1F1B keeps those of at most as many micro-batches
-as there are stages, but needs another program on each stage at each turn, which one
-program for all devices can only have by computing both passes each turn.
+runs the turns back. So activations of all micro-batches in flight are kept: the inputs
+of layers alone, where layers are rematerialized. 1F1B (Narayanan et al. 2019) keeps
+those of at most as many micro-batches as there are stages, for the same bubble. But
+there a stage runs forward while another runs back, and in one program for all devices
+each would have to do both at each turn.
 
 *Chunks* make the bubble smaller (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
 A stage has several runs of layers, and a micro-batch goes around the ring as often.
@@ -54,6 +55,7 @@ import jax.numpy as jnp
 from lepton_jax.compat import ClosedJaxpr, scan_counts
 from lepton_jax.planner.rewrite.pipeline import Pipeline, Stack, Stages, draws
 from lepton_jax.planner.rewrite.program import opened, run
+
 
 def in_stages(
     function: Callable,
@@ -194,31 +196,45 @@ def _smaller(leaf: Any, divisor: int) -> jax.ShapeDtypeStruct:
 
 
 def _stack(eqn: Any, small: Any, count: int) -> Stack | None:
-    if eqn.primitive.name != "scan" or eqn.params["length"] < 2:
-        return None
-    if eqn.params["reverse"] or eqn.params["jaxpr"].effects:
+    """Return the stack that a scan runs; None: it runs none."""
+    if not _may_be_a_stack(eqn):
         return None
     consts, carried = scan_counts(eqn)
-    holds = [_holds(a, b, count) for a, b in zip(eqn.invars, small.invars, strict=True)]
-    of_results = []
-    for a, b in zip(eqn.outvars[carried:], small.outvars[carried:], strict=True):
-        of_results.append(_holds(a, b, count, dim=1))
+    sliced = consts + carried
+    given = zip(eqn.invars, small.invars, strict=True)
+    holds = [_holds(a, b, count) for a, b in given]
+    made = list(zip(eqn.outvars[carried:], small.outvars[carried:], strict=True))
+    of_results = [_holds(a, b, count, dim=1) for a, b in made]
     if None in holds or None in of_results:
         return None
 
-    state = eqn.invars[consts : consts + carried]
-    layers = eqn.invars[consts + carried :]
-    all_samples = count == 1 or all(holds[consts : consts + carried])
-    if not state or not all_samples or any(holds[consts + carried :]):
+    # What is carried holds samples, and what is stacked does not.
+    if any(holds[sliced:]) or not (count == 1 or all(holds[consts:sliced])):
         return None
-    if not all(map(_is_real, state)) or not any(map(_is_real, layers)):
-        return None
-    summed = zip(eqn.outvars[carried:], of_results, strict=True)
-    if any(not own and not _is_real(v) for v, own in summed) and count > 1:
+    # Of results without samples the mean over micro-batches is taken.
+    pairs = zip(eqn.outvars[carried:], of_results, strict=True)
+    if count > 1 and not all(own or _is_real(v) for v, own in pairs):
         return None
     if not draws(eqn, small).can_be_taken_apart:
         return None
-    return Stack(eqn, small, tuple(holds[:consts]), tuple(of_results))
+    return Stack(
+        whole=eqn,
+        part=small,
+        consts=tuple(map(bool, holds[:consts])),
+        results=tuple(map(bool, of_results)),
+    )
+
+
+def _may_be_a_stack(eqn: Any) -> bool:
+    """Whether an equation is a loop that carries numbers and takes slices of some."""
+    if eqn.primitive.name != "scan" or eqn.params["length"] < 2:
+        return False
+    if eqn.params["reverse"] or eqn.params["jaxpr"].effects:
+        return False
+    consts, carried = scan_counts(eqn)
+    state = eqn.invars[consts : consts + carried]
+    layers = eqn.invars[consts + carried :]
+    return bool(state) and all(map(_is_real, state)) and any(map(_is_real, layers))
 
 
 def _holds(whole: Any, part: Any, count: int, dim: int = 0) -> bool | None:

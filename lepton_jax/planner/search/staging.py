@@ -9,8 +9,8 @@ the network for a larger share of a step than a pipeline's bubble would take.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 from lepton_jax.errors import PlanError
 from lepton_jax.hardware import Topology
@@ -33,9 +33,12 @@ MOST_FLIGHTS = 2
 COUNTS = (2, 4, 8)
 # Micro-batches for which a program is traced to see whether it has a stack.
 SOME_PARTS = 2
+# numbers that say what a pipeline is: stages, micro-batches in flight, chunks
+MOST_NUMBERS = 3
 
 
-class Asked(NamedTuple):
+@dataclass(frozen=True)
+class Asked:
     """What a person asks of a pipeline; None: the search decides."""
 
     count: int | None = None
@@ -56,7 +59,7 @@ def asked(request: Request, trace: Trace, where: str) -> Asked:
     for axis in axes:
         size *= mesh[axis]
     if own.count is None and axes:
-        own = own._replace(count=size)
+        own = replace(own, count=size)
     if own.count is None or own.count == 1:
         return own
     if request.mesh is not None and own.count != size:
@@ -132,7 +135,7 @@ def _read(stages: Any, where: str) -> Asked:
         return Asked()
     numbers: Sequence[Any] = stages if isinstance(stages, tuple | list) else (stages,)
     counts = [isinstance(n, int) and not isinstance(n, bool) for n in numbers]
-    if not 1 <= len(numbers) <= len(Asked._fields) or not all(counts):
+    if not 1 <= len(numbers) <= MOST_NUMBERS or not all(counts):
         raise _no_pipeline(stages, where)
     if min(numbers) < 1:
         raise _no_pipeline(stages, where)
@@ -190,4 +193,3 @@ def _some_parts(own: Asked, batch: int) -> int:
     if own.parts is not None and own.parts > 1:
         return own.parts
     return next((n for n in range(2, batch + 1) if batch % n == 0), 1)
-
