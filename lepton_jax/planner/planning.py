@@ -36,8 +36,8 @@ def plan(
     pins: Mapping[str, Any] | None = None,
     remat: str | None = None,
     micro_batches: int | None = None,
-    stages: int | tuple[int, ...] | None = None,
     time_limit: float | None = LIMIT_SECONDS,
+    **forms: Any,
 ) -> Plan:
     """Search for the best way to lay a traced recipe out on a topology.
 
@@ -53,12 +53,13 @@ def plan(
         they are kept, over axes of `mesh`.
       remat: "none", "dots" or "full"; None: the mildest that fits.
       micro_batches: parts of a batch; None: the recipe's, or the fewest that fit.
-      stages: of a pipeline for a stack of equal layers: their number, or (stages,
-        micro-batches in flight), or these and the chunks of a stage; 1: no pipeline;
-        None: those of a mesh axis called "stage", or the search decides.
       time_limit: seconds of computing after which the search stops and the best plan so
         far is taken, which the plan's notes then say; None: no limit. What takes longer
         than 2 s says on stderr how far it is.
+      **forms: forms of the step that are fixed:
+        stages, of a pipeline for a stack of equal layers: their number, or (stages,
+        micro-batches in flight), or these and the chunks of a stage; 1: no pipeline;
+        None: those of a mesh axis called "stage", or the search decides.
 
     Raises:
       PlanError: nothing fits (the message says what fills the memory and what would
@@ -73,8 +74,8 @@ def plan(
         pins=pins,
         remat=remat,
         micro_batches=micro_batches,
-        stages=stages,
         time_limit=time_limit,
+        **forms,
     )[0]
 
 

@@ -420,11 +420,18 @@ class Layout:
             return self._contract(op, product, specs, wanted, moves)
         if op.name in KERNELS:
             return self._attend(op, specs)
-        if op.name in STAGED_KERNELS:
-            return self._attend_in_stages(op, specs)
-        if op.name in MOVES:
-            return self._move_stages(op, specs)
+        if op.name in (*STAGED_KERNELS, *MOVES):
+            return self._between_stages(op, specs)
+        return self._whole(op, specs, wanted, moves)
 
+    def _whole(
+        self,
+        op: Operation,
+        specs: dict[int, Spec],
+        wanted: dict[int, Spec],
+        moves: list[Move],
+    ) -> Decision:
+        """Decide how an operation is split that needs some dims whole."""
         for number, dim in op.whole:
             spec = specs.get(number, ())
             if spec and spec[dim]:
@@ -480,6 +487,16 @@ class Layout:
             sizes = [self.bytes(value, self.spec(value)) for value in op.outputs]
             moves += [Move("all-to-all", length, size, "out") for size in sizes]
         return Decision(wanted, None, tuple(moves))
+
+    def _between_stages(
+        self,
+        op: Operation,
+        specs: dict[int, Spec],
+    ) -> Decision:
+        """Decide how operations of all stages are split."""
+        if op.name in MOVES:
+            return self._move_stages(op, specs)
+        return self._attend_in_stages(op, specs)
 
     def _attend_in_stages(
         self,

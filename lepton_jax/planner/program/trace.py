@@ -120,7 +120,7 @@ class Trace:
         return replace(self, forms=replace(self.forms, stages=stages))
 
     def stack(self, parts: int) -> int:
-        """Return the layers of the stack that a pipeline would divide; 0: there is none.
+        """Return the layers of the stack that a pipeline would divide; 0: none.
 
         Args:
           parts: micro-batches in flight.

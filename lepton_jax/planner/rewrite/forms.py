@@ -15,7 +15,7 @@ from typing import Any
 
 from lepton_jax.compat import ClosedJaxpr, Jaxpr
 from lepton_jax.planner.rewrite import head, softmax, splash
-from lepton_jax.planner.rewrite.pipeline import Stages
+from lepton_jax.planner.rewrite.pipeline import NO_STAGES, Stages
 from lepton_jax.planner.rewrite.program import opened, parts
 from lepton_jax.planner.rewrite.stages import in_stages
 from lepton_jax.step.training_loss import ARGUMENTS
@@ -62,7 +62,7 @@ class Forms:
 
     loss_pieces: int = 1
     attention: str = ""
-    stages: Stages = Stages()
+    stages: Stages = NO_STAGES
 
     def of(self, loss: Callable) -> Callable:
         """Return a training loss in these forms, but for the pipeline."""

@@ -74,6 +74,9 @@ class Stages:
         return (self.count - 1) / self.turns
 
 
+NO_STAGES = Stages()
+
+
 class Stack(NamedTuple):
     """A scan over layers, as it is for a whole batch and for a micro-batch.
 

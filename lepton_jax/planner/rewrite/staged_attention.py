@@ -1,9 +1,9 @@
 """Attention of all stages of a pipeline at once.
 
-`attention.attend` is mapped over stages where a layer is. What comes out is an operation
-of its own, whose arrays have the stages as their first dim: (stages, batch, length,
-heads, width). The planner splits that dim, and each device computes what its stages
-need as attention of more samples.
+`attention.attend` is mapped over stages where a layer is. What comes out is an
+operation of its own, whose arrays have the stages as their first dim: (stages, batch,
+length, heads, width). The planner splits that dim, and each device computes what its
+stages need as attention of more samples.
 
     >>> import jax, jax.numpy as jnp
     >>> from lepton_jax.planner.rewrite.attention import How, attend
