@@ -12,7 +12,7 @@ from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.program.graph import Graph, Value
 from lepton_jax.planner.program.layout import itemsize, meets_stored
 from lepton_jax.planner.program.named import Names
-from lepton_jax.planner.program.staged import NO_DIM
+from lepton_jax.planner.program.staged import IN_PART
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.planner.xla.figures import LANES, SUBLANES
 from lepton_jax.trees import by_path, nbytes
@@ -106,7 +106,7 @@ class Sizes:
         dims = [rank] * rank
         if own_dims:
             dims = [own_dims[d] for d in order] + [rank] * blank
-            dims = [rank if dim == NO_DIM else dim for dim in dims]
+            dims = [rank if dim == IN_PART else dim for dim in dims]
         wide = [extent > 1 for extent in value.shape]
         places = []
         for dim in order:

@@ -44,7 +44,7 @@ from typing import Any
 
 from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal, scan_counts
 from lepton_jax.planner.program.rules import ELEMENTWISE, RULES, unknown
-from lepton_jax.planner.program.staged import behind
+from lepton_jax.planner.program.staged import IN_PART, behind
 from lepton_jax.planner.rewrite.stage_moves import LAYERS, LAYERS_BACK
 
 # Calls are inlined: primitive name to the parameter that holds the jaxpr of the call.
@@ -91,8 +91,7 @@ KEEPING = {
 # Assumption: below, a copy in memory costs less than computing it at each step.
 WORTH_SINKING = 2**16
 
-# (number of a parameter, the parameter's dim behind each dim of the value, or
-# `staged.NO_DIM`)
+# (number of a parameter, the parameter's dim behind each dim of the value, or IN_PART)
 Stored = tuple[int, tuple[int, ...]]
 
 
@@ -737,6 +736,8 @@ def _spread_stored(region: Region) -> None:
     for operation in region.operations:
         if operation.name in KEEPING:
             _store_outputs(operation)
+        elif operation.name == "slice":
+            _store_part(operation)
         for outer, inner, sliced in _entering(operation):
             if outer is not None and outer.stored is not None:
                 inner.stored = _slice_of(outer.stored) if sliced else outer.stored
@@ -755,6 +756,19 @@ def _store_outputs(operation: Operation) -> None:
         elif operation.name == LAYERS:
             index, dims = behind(LAYERS, source.stored)
         target.stored = (index, dims)
+
+
+def _store_part(operation: Operation) -> None:
+    """Set `stored` on some layers of a stack: its rows from one number to another."""
+    whole, part = operation.inputs[0], operation.outputs[0]
+    if whole is not None and whole.stored is not None and _are_rows(part, whole):
+        index, dims = whole.stored
+        part.stored = (index, (IN_PART, *dims[1:]))
+
+
+def _are_rows(part: Value, whole: Value) -> bool:
+    """Whether an array differs from another in the extent of its first dim alone."""
+    return len(part.shape) > 1 and part.shape[1:] == whole.shape[1:]
 
 
 def _slice_of(stored: Stored) -> Stored:
@@ -814,6 +828,11 @@ def _store_sources(
         elif operation.name == LAYERS_BACK:
             parameter, dims = behind(LAYERS_BACK, target.stored)
         _store(source, (parameter, dims))
+    elif operation.name == "pad":
+        part = operation.inputs[0]
+        if part is not None and _are_rows(part, target):
+            parameter, dims = target.stored
+            _store(part, (parameter, (IN_PART, *dims[1:])))
     elif operation.name == "add_any":
         for source in operation.inputs:
             if source is not None and source.shape == target.shape:

@@ -42,8 +42,9 @@ WIDTH = 4
 
 PERMUTE = "collective-permute"
 
-# for a dim of a value that its parameter lacks, in `Value.stored`
-NO_DIM = -1
+# In `Value.stored`: behind a dim that has some of the rows of a parameter's, or that no
+# dim of the parameter is.
+IN_PART = -1
 
 Spec = tuple[int, ...]
 
@@ -80,7 +81,7 @@ def behind(name: str, stored: tuple[int, tuple[int, ...]]) -> tuple[int, tuple]:
     """Return the parameter's dims behind those of its layers by stage."""
     number, dims = stored
     assert name in (LAYERS, LAYERS_BACK), name
-    return number, (NO_DIM, *dims)
+    return number, (IN_PART, *dims)
 
 
 def sent(op: Any, spec: Spec) -> Sent | None:

@@ -22,7 +22,8 @@ from lepton_jax.hardware import Topology, convolution_flops
 from lepton_jax.planner import rewrite
 from lepton_jax.planner.patience import Patience
 from lepton_jax.planner.program.graph import Graph
-from lepton_jax.planner.program.remat import rematerialized
+from lepton_jax.planner.program.keeping import Kept
+from lepton_jax.planner.program.remat import keepable, rematerialized
 from lepton_jax.planner.program.tables import find_tables
 from lepton_jax.planner.rewrite.forms import SAMPLES
 from lepton_jax.planner.rewrite.stages import layers_of
@@ -132,7 +133,7 @@ class Trace:
         """Return the graph of one batch's gradients, weighted sums and variables.
 
         Args:
-          remat: a rematerialization policy, one of `remat.POLICIES`.
+          remat: a rematerialization policy, one of `remat.POLICIES` or of `keeping`.
 
         Returns:
           The graph, whose inputs are called as in `arguments`.
@@ -142,10 +143,15 @@ class Trace:
             self._gradients[form] = self._trace_gradient(remat)
         return self._gradients[form]
 
-    def _traced_loss(self) -> ClosedJaxpr:
+    def keepable(self) -> list[Kept]:
+        """List what rematerialization may keep of the loss, value by value."""
+        program = self._traced_loss(self.forms)
+        return keepable(program, len(jax.tree.leaves(self.state.params)))
+
+    def _traced_loss(self, forms: rewrite.Forms = PLAIN) -> ClosedJaxpr:
         """Return the training loss of a batch, and all that is measured of it."""
         loss, shapes = self._loss_and_shapes()
-        return jax.make_jaxpr(loss)(*shapes)
+        return jax.make_jaxpr(forms.of(loss))(*shapes)
 
     def _loss_and_shapes(self) -> tuple[Any, tuple]:
         """Return the training loss of a batch, and the shapes of its arguments."""

@@ -128,3 +128,14 @@ DOUBLINGS = 8
 GUESSES = 4
 # Assignments of the failed search that are tried on a smaller batch. Assumption.
 SOLID = 4
+
+# ---- rematerialization value by value ----
+
+# Layouts for which it is looked at: the first ones. Assumption.
+FINER_LAYOUTS = 3
+# What it has to gain of a step's time; it makes a plan harder to read. Assumption.
+FINER_GAIN = 0.01
+# Where it proves to be too large, it is tried again in this share of the room, and how
+# often. Assumption.
+FINER_ROOM = 0.85
+FINER_TRIES = 3
