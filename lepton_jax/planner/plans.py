@@ -19,6 +19,7 @@ from lepton_jax.compat import make_mesh, ordered_effect, source_line
 from lepton_jax.errors import PlanError
 from lepton_jax.planner.program.graph import Graph
 from lepton_jax.planner.program.layout import Layout, meets_stored
+from lepton_jax.planner.program.staged import layers_of_stages, samples_of_parts
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.planner.rewrite import Forms, Stages
 from lepton_jax.trees import by_path
@@ -35,6 +36,7 @@ SINCE = {
     "stages",
     "stage_parts",
     "stage_chunks",
+    "stage_groups",
 }
 # kinds of bytes that XLA decides
 DECIDED_BY_XLA = ("gradients", "activations", "temporaries")
@@ -176,6 +178,7 @@ class Plan:
       stages: of a pipeline of equal layers; 1: there is none.
       stage_parts: micro-batches that are in flight in the pipeline.
       stage_chunks: runs of layers of each stage.
+      stage_groups: runs of samples that have micro-batches of their own.
     """
 
     topology: str
@@ -209,6 +212,7 @@ class Plan:
     stages: int = 1
     stage_parts: int = 1
     stage_chunks: int = 1
+    stage_groups: int = 1
 
     # How a plan shows itself, by form: "text" and "html". The package fills them in,
     # since the room `show` knows plans, and a plan knows nothing of pictures.
@@ -269,7 +273,12 @@ class Plan:
     @property
     def pipeline(self) -> Stages:
         """The pipeline of a stack of equal layers."""
-        return Stages(self.stages, self.stage_parts, self.stage_chunks)
+        return Stages(
+            self.stages,
+            self.stage_parts,
+            self.stage_chunks,
+            self.stage_groups,
+        )
 
     @property
     def step_seconds(self) -> float:
@@ -349,6 +358,10 @@ class Plan:
                 spec = tuple(_mask(entry, bits) for entry in array.spec)
                 not_named = len(value.shape) - len(spec)
                 storage.append(spec + (0,) * not_named)
+        parts = samples_of_parts(graph)
+        if parts is not None:
+            over = [uses.get(root, 0) for root in layers_of_stages(graph)]
+            uses[parts.part] = uses.get(parts.batch, 0) & ~max(over, default=0)
         return Layout(
             graph,
             tuple(self.mesh.values()),

@@ -559,7 +559,7 @@ class Cost:
         extent = value.shape[dim] / layout.counts[spec[dim]]
         if layout.parts > 1:
             root = self.graph.find(value.nodes[dim])
-            if self.names.of.get(root) == self.names.batch:
+            if self.names.of.get(root) in self.names.samples:
                 extent /= layout.parts
         return extent
 

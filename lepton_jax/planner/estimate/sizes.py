@@ -193,7 +193,7 @@ class Sizes:
         local = self.extents / np.array(assignment.counts)[masks]
         parts = np.ones(len(masks))
         if assignment.micro_batches > 1 and self.names.batch is not None:
-            samples = (self.groups == self.names.batch).any(1)
+            samples = np.isin(self.groups, list(self.names.samples)).any(1)
             parts[samples] = assignment.micro_batches
         pads = tiling(local, self._places) if tiled else 1.0
         return local.prod(1) * pads * self._itemsizes / parts

@@ -44,7 +44,7 @@ from typing import Any
 
 from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal, scan_counts
 from lepton_jax.planner.program.rules import ELEMENTWISE, RULES, unknown
-from lepton_jax.planner.program.staged import IN_PART, behind
+from lepton_jax.planner.program.staged import IN_PART, Samples, behind
 from lepton_jax.planner.rewrite.stage_moves import LAYERS, LAYERS_BACK
 
 # Calls are inlined: primitive name to the parameter that holds the jaxpr of the call.
@@ -241,6 +241,7 @@ class Graph:
       unknown: primitive name to count, for the primitives without a rule.
       pieces: node of a grouped convolution's channels to the number of groups, none of
         which can be split.
+      samples: the samples of a batch and of a pipeline's micro-batch, if there is one.
       lasting: indices of the stored values that live from the forward pass to the
         backward pass.
     """
@@ -260,6 +261,7 @@ class Graph:
         self.stepping: list[tuple[Operation, int]] = []
         self.unknown: dict[str, int] = {}
         self.pieces: dict[int, int] = {}
+        self.samples: Samples | None = None
 
         # values that only positions decide, with what computes them; None for constants
         self._positional: dict[int, Operation | None] = {}

@@ -57,8 +57,14 @@ from lepton_jax.planner.program.kernels import (
     length_dim,
     split,
 )
-from lepton_jax.planner.program.staged import attention_spec, sent
-from lepton_jax.planner.rewrite.stage_moves import MOVES, PICK, PLACE
+from lepton_jax.planner.program.staged import attention_spec, in_between, sent
+from lepton_jax.planner.rewrite.stage_moves import (
+    MOVES,
+    PARTS,
+    PARTS_BACK,
+    PICK,
+    PLACE,
+)
 from lepton_jax.planner.rewrite.staged_attention import STAGED_KERNELS
 
 # A mask of mesh axes for each dim; mesh axis i is bit 1 << i.
@@ -536,11 +542,25 @@ class Layout:
             goal = self.spec(op.outputs[0])[1:]
             moves = self._gather(0, value, spec, goal)
             return Decision({} if goal == spec else {0: goal}, None, tuple(moves))
+        if op.name in (PARTS, PARTS_BACK):
+            return self._take_apart(op, spec)
         needs = sent(op, spec)
         if needs is None:
             return Decision({}, None, ())
         size = self.bytes(value, spec)
         return Decision({}, None, (Move(needs.kind, needs.axes, size, "input 0"),))
+
+    def _take_apart(self, op: Operation, spec: Spec) -> Decision:
+        """Decide how samples become micro-batches, or these samples again."""
+        result = self.spec(op.outputs[0])
+        if op.name == PARTS_BACK:
+            between = in_between(op, result, spec)
+            return Decision({} if between == spec else {0: between}, None, ())
+        between = in_between(op, spec, result)
+        if between == result:
+            return Decision({}, None, ())
+        size = self.bytes(op.outputs[0], result)
+        return Decision({}, between, (Move("all-gather", between[0], size, "out"),))
 
     def _gather(
         self,

@@ -10,6 +10,11 @@ what they hold, and the layers of the parameters. Where it is divided over devic
                      reduce-scatter to such a batch
     stage_layers     sends nothing; with chunks, parameters change places, by collective
                      permutes
+    stage_parts      needs samples of each micro-batch on each device: an all-gather,
+                     where the batch is divided over the devices of the stages, too
+
+Samples of a micro-batch are a named axis of their own. They are divided like the batch,
+but not over the devices of the stages.
 """
 
 from __future__ import annotations
@@ -21,6 +26,8 @@ from lepton_jax.planner.rewrite.attention import ATTENTION, ATTENTION_GRADIENT
 from lepton_jax.planner.rewrite.stage_moves import (
     LAYERS,
     LAYERS_BACK,
+    PARTS,
+    PARTS_BACK,
     PICK,
     PLACE,
     ROLL,
@@ -73,8 +80,60 @@ def join_stages(graph: Any, op: Any) -> None:
         others = others[1:]
     elif op.name == LAYERS_BACK:
         nodes = nodes[1:]
+    elif op.name == PARTS:
+        _join_samples(graph, nodes[0], others[1])
+        nodes = nodes[1:]
+        others = others[2:]
+    elif op.name == PARTS_BACK:
+        _join_samples(graph, others[0], nodes[1])
+        nodes = nodes[2:]
+        others = others[1:]
     for a, b in zip(nodes, others, strict=True):
         graph.join(a, b)
+
+
+def _join_samples(graph: Any, batch: int, part: int) -> None:
+    """Join the samples of a batch, and of a micro-batch, with all others of theirs."""
+    if graph.samples is None:
+        graph.samples = Samples(part, batch)
+    graph.join(graph.samples.part, part)
+    graph.join(graph.samples.batch, batch)
+
+
+class Samples(NamedTuple):
+    """Nodes of the samples of a micro-batch, and of the batch."""
+
+    part: int
+    batch: int
+
+
+def samples_of_parts(graph: Any) -> Samples | None:
+    """Return the named axis of a micro-batch's samples; None: there is no pipeline."""
+    if graph.samples is None:
+        return None
+    own = graph.find(graph.samples.part)
+    batch = graph.find(graph.samples.batch)
+    return Samples(own, batch) if own != batch else None
+
+
+def layers_of_stages(graph: Any) -> set[int]:
+    """Return the roots of the layers that a pipeline divides into stages."""
+    return {
+        graph.find(op.inputs[0].nodes[0])
+        for op in graph.operations()
+        if op.name == LAYERS and op.inputs[0] is not None
+    }
+
+
+def in_between(op: Any, whole: Spec, parted: Spec) -> Spec:
+    """Return the spec of samples by micro-batch as the batch lies.
+
+    Args:
+      op: `stage_parts`, or its transpose.
+      whole: the spec of (samples, ...).
+      parted: that of (micro-batches, samples of one, ...), as it is to lie.
+    """
+    return (whole[0] & ~parted[1], *parted[1:])
 
 
 def behind(name: str, stored: tuple[int, tuple[int, ...]]) -> tuple[int, tuple]:

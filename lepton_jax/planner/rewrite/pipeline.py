@@ -30,12 +30,15 @@ from lepton_jax.planner.rewrite.program import (
     run,
 )
 from lepton_jax.planner.rewrite.stage_moves import (
+    as_parts,
     by_layer,
     by_stage,
+    in_parts,
     in_rounds,
     pick,
     place,
     roll,
+    whole,
 )
 
 # The name of a projection's result in a stage, by which rematerialization knows it:
@@ -57,11 +60,13 @@ class Stages:
       count: stages; 1: there is no pipeline.
       parts: micro-batches in flight, in which the samples pass through the stages.
       chunks: runs of layers of a stage.
+      groups: runs of samples that have micro-batches of their own (`in_parts`).
     """
 
     count: int = 1
     parts: int = 1
     chunks: int = 1
+    groups: int = 1
 
     @property
     def turns(self) -> int:
@@ -232,17 +237,18 @@ class _Layer:
             return [checkpoint_name(x, PROJECTION) for x in bind(eqn, operands)]
         return None
 
-    def _own(self, whole: Any, shape: tuple[int, ...], part: Any) -> Any:
+    def _own(self, drawn: Any, shape: tuple[int, ...], part: Any) -> Any:
         """Return a micro-batch's part of what is drawn for the batch."""
-        differing = [d for d, n in enumerate(shape) if n != whole.shape[d]]
+        differing = [d for d, n in enumerate(shape) if n != drawn.shape[d]]
         for dim in differing:
-            split = (self.samples, self.stages.parts, shape[dim] // self.samples)
-            before = whole.shape[:dim]
-            after = whole.shape[dim + 1 :]
-            parted = whole.reshape(*before, *split, *after)
-            own = jax.lax.dynamic_index_in_dim(parted, part, dim + 1, keepdims=False)
-            whole = own.reshape(*before, shape[dim], *after)
-        return whole
+            first = jnp.moveaxis(drawn, dim, 0)
+            rows = (self.samples * self.stages.parts, -1)
+            by_sample = first.reshape(*rows, *first.shape[1:])
+            split = as_parts(by_sample, self.stages.parts, self.stages.groups)
+            own = jax.lax.dynamic_index_in_dim(split, part, keepdims=False)
+            own = own.reshape(shape[dim], *first.shape[1:])
+            drawn = jnp.moveaxis(own, 0, dim)
+        return drawn
 
 
 # ---- the pipeline ----
@@ -374,8 +380,7 @@ class Pipeline:
 
     def _split(self, x: Any) -> Any:
         """Return (micro-batches, samples, ...) of (samples, ...)."""
-        parted = x.reshape(self.samples, self.stages.parts, *x.shape[1:])
-        return parted.swapaxes(0, 1)
+        return in_parts(x, self.stages.parts, self.stages.groups)
 
     def _joined(self, left: Any) -> Any:
         """Return (samples, ...) of what leaves at each turn."""
@@ -384,7 +389,7 @@ class Pipeline:
             x = left[last:]
         else:
             x = left[self.clock.behind()[-1] + last]
-        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+        return whole(x, self.stages.groups)
 
     def _fed(self, x: Any) -> Any:
         """Return what enters at each turn, of (micro-batches, ...)."""
@@ -437,9 +442,10 @@ class Pipeline:
         for stage in range(self.stages.count):
             turns = self.clock.behind() + stage
             by_stages.append(kept[turns, :, stage])
-        # (chunks, parts, layers, stages, samples, ...)
+        # (chunks, parts, layers of one, stages, samples, ...)
         x = jnp.stack(by_stages, 3)
-        x = jnp.moveaxis(x, 1, 4)
-        chunks, rounds, stages, samples, parts_, *rest = x.shape
-        x = x.reshape(chunks * rounds, stages, samples * parts_, *rest)
-        return by_layer(x, self.stages.chunks)
+        x = x.swapaxes(1, 2)
+        x = x.reshape(-1, *x.shape[2:])
+        # (parts, samples, rounds, stages, ...)
+        x = whole(jnp.moveaxis(x, (0, 2), (2, 3)), self.stages.groups)
+        return by_layer(jnp.moveaxis(x, 0, 2), self.stages.chunks)

@@ -1,12 +1,13 @@
 """Operations that move activations between the stages of a pipeline.
 
 Activations of all stages lie in one array, (stages, samples, ...), whose first dim is
-divided over the devices. Four operations are all that crosses it:
+divided over the devices. Five operations lead in, out and around:
 
   stage_roll       every stage hands what it holds to the next one
   stage_place      samples enter at one stage; the others get zeros
   stage_pick       samples leave at one stage
   stage_layers     parameters of layers, (layers, ...), as (rounds, stages, ...)
+  stage_parts      samples, (samples, ...), as (micro-batches, samples of one, ...)
 
 Each is linear, and another of them is its transpose, so the backward pass has no
 others. They are operations of their own so that the planner knows what they send (a
@@ -48,8 +49,10 @@ PLACE = "stage_place"
 PICK = "stage_pick"
 LAYERS = "stage_layers"
 LAYERS_BACK = "stage_layers_back"
+PARTS = "stage_parts"
+PARTS_BACK = "stage_parts_back"
 
-MOVES = (ROLL, PLACE, PICK, LAYERS, LAYERS_BACK)
+MOVES = (ROLL, PLACE, PICK, LAYERS, LAYERS_BACK, PARTS, PARTS_BACK)
 
 
 def roll(held: Any, by: int, wraps: bool = False) -> Any:
@@ -82,6 +85,35 @@ def by_stage(layers: Any, stages: int, chunks: int = 1) -> Any:
       chunks: runs of neighbouring layers of a stage.
     """
     return layers_p.bind(layers, stages=stages, chunks=chunks)
+
+
+def in_parts(samples: Any, parts: int, groups: int = 1) -> Any:
+    """Return samples as (micro-batches, samples of one, ...).
+
+    Micro-batches are strided, so that devices that have runs of samples have some of
+    each micro-batch. With groups, there are first the micro-batches of the first run:
+
+    >>> in_parts(jnp.arange(8), 4).tolist()
+    [[0, 4], [1, 5], [2, 6], [3, 7]]
+    >>> in_parts(jnp.arange(8), 4, groups=2).tolist()
+    [[0, 2], [1, 3], [4, 6], [5, 7]]
+
+    Args:
+      samples: (samples, ...).
+      parts: the number of micro-batches.
+      groups: the number of runs that have micro-batches of their own.
+    """
+    return parts_p.bind(samples, parts=parts, groups=groups)
+
+
+def as_parts(samples: Any, parts: int, groups: int = 1) -> Any:
+    """Return the same as `in_parts`, of arrays that are not the model's."""
+    return _parts(samples, parts=parts, groups=groups)
+
+
+def whole(parted: Any, groups: int = 1) -> Any:
+    """Return (samples, ...) of `in_parts`."""
+    return parts_back_p.bind(parted, parts=parted.shape[0], groups=groups)
 
 
 def in_rounds(layers: Any, stages: int, chunks: int = 1) -> Any:
@@ -227,6 +259,18 @@ def _layers_back(rounds: Any, *, stages: int, chunks: int) -> Any:
     return parts.swapaxes(1, 2).reshape(count * stages, *rest)
 
 
+def _parts(samples: Any, *, parts: int, groups: int) -> Any:
+    count, *rest = samples.shape
+    split = samples.reshape(groups, count // parts, parts // groups, *rest)
+    return split.swapaxes(1, 2).reshape(parts, count // parts, *rest)
+
+
+def _parts_back(parted: Any, *, parts: int, groups: int) -> Any:
+    _, count, *rest = parted.shape
+    split = parted.reshape(groups, parts // groups, count, *rest)
+    return split.swapaxes(1, 2).reshape(parts * count, *rest)
+
+
 # ---- internals: their shapes ----
 
 
@@ -248,6 +292,14 @@ def _in_rounds(shape: tuple[int, ...], *, stages: int, **_: Any) -> tuple[int, .
 
 def _in_order(shape: tuple[int, ...], *, stages: int, **_: Any) -> tuple[int, ...]:
     return (shape[0] * stages, *shape[2:])
+
+
+def _parted(shape: tuple[int, ...], *, parts: int, **_: Any) -> tuple[int, ...]:
+    return (parts, shape[0] // parts, *shape[1:])
+
+
+def _unparted(shape: tuple[int, ...], **_: Any) -> tuple[int, ...]:
+    return (shape[0] * shape[1], *shape[2:])
 
 
 # ---- internals: the operations ----
@@ -274,6 +326,8 @@ place_p = _operation(PLACE, _place, _with_stages)
 pick_p = _operation(PICK, _pick, _without_stages)
 layers_p = _operation(LAYERS, _layers, _in_rounds)
 layers_back_p = _operation(LAYERS_BACK, _layers_back, _in_order)
+parts_p = _operation(PARTS, _parts, _parted)
+parts_back_p = _operation(PARTS_BACK, _parts_back, _unparted)
 
 
 def _roll_back(cotangent: Any, held: Any, *, by: int, wraps: bool) -> list[Any]:
@@ -292,3 +346,5 @@ ad.deflinear2(place_p, _transposed(pick_p))
 ad.deflinear2(pick_p, _transposed(place_p))
 ad.deflinear2(layers_p, _transposed(layers_back_p))
 ad.deflinear2(layers_back_p, _transposed(layers_p))
+ad.deflinear2(parts_p, _transposed(parts_back_p))
+ad.deflinear2(parts_back_p, _transposed(parts_p))

@@ -181,7 +181,8 @@ def _of_a_part(
     chunks = stages.chunks
     if chunks > 1 and count % stages.count:
         count, chunks = 1, 1
-    own = Stages(stages.count, count, chunks)
+    groups = math.gcd(stages.groups, count)
+    own = Stages(stages.count, count, chunks, groups)
     if count == 1:
         return own, whole
     return own, traced_for(function, count, batched, args)

@@ -113,6 +113,7 @@ def build(
         stages=trace.forms.stages.count,
         stage_parts=trace.forms.stages.parts,
         stage_chunks=trace.forms.stages.chunks,
+        stage_groups=trace.forms.stages.groups,
     )
 
 

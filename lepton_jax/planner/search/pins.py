@@ -77,14 +77,29 @@ class Pins:
         for k in range(len(masks)):
             if k in names.stages:
                 masks[k] = self.stage_axes
-            elif k != names.batch:
+            elif k not in names.samples:
                 masks[k] &= ~self.stage_axes
         for k, group in enumerate(names.groups):
             if group.name in self.groups:
-                taken = 0 if k == names.batch else samples
+                taken = 0 if k in (names.batch, *names.stages) else samples
                 pinned = self.groups[group.name]
                 masks[k] = pinned & ~taken
+        self._divide_parts(assignment, masks, names)
         return replace(assignment, masks=tuple(masks))
+
+    def _divide_parts(
+        self,
+        assignment: Assignment,
+        masks: list[int],
+        names: Names,
+    ) -> None:
+        """Divide the samples of a micro-batch like the batch, but not over stages."""
+        if not self.stage_axes or names.batch is None:
+            return
+        mask = masks[names.batch] & ~self.stage_axes
+        for k in names.samples - {names.batch}:
+            fits = divides(names, k, assignment.counts[mask])
+            masks[k] = mask if fits else 0
 
 
 def read(

@@ -216,7 +216,7 @@ def sequences(names: Names) -> list[int]:
     groups = []
     for k, group in enumerate(names.groups):
         is_later = all(_later_input(names, i, dim) for i, dim in group.members)
-        if is_later and k != names.batch:
+        if is_later and k not in names.samples:
             groups.append(k)
     return groups
 

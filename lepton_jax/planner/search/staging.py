@@ -39,11 +39,27 @@ MOST_NUMBERS = 3
 
 @dataclass(frozen=True)
 class Asked:
-    """What a person asks of a pipeline; None: the search decides."""
+    """What a person asks of a pipeline; None: the search decides.
+
+    Attributes:
+      count, parts, chunks: as in `Stages`.
+      outermost: whether the stages have the outermost axis of the mesh.
+    """
 
     count: int | None = None
     parts: int | None = None
     chunks: int | None = None
+    outermost: bool = True
+
+    def stages(self, parts: int) -> Stages:
+        """Return the pipeline with some micro-batches in flight.
+
+        The devices of an outermost axis have runs of the batch. If each run has
+        micro-batches of its own, a device keeps its samples outside of the pipeline.
+        """
+        assert self.count is not None
+        groups = self.count if self.outermost and parts % self.count == 0 else 1
+        return Stages(self.count, parts, self.chunks or 1, groups)
 
 
 def asked(request: Request, trace: Trace, where: str) -> Asked:
@@ -58,6 +74,7 @@ def asked(request: Request, trace: Trace, where: str) -> Asked:
     size = 1
     for axis in axes:
         size *= mesh[axis]
+    own = replace(own, outermost=axes == list(mesh)[: len(axes)])
     if own.count is None and axes:
         own = replace(own, count=size)
     if own.count is None or own.count == 1:
@@ -76,14 +93,13 @@ def options(own: Asked, trace: Trace, topology: Topology) -> list[Stages]:
     """Return the pipelines that fit what a person asks, to search one by one."""
     assert own.count is not None
     batch = trace.recipe.batch_size
-    chunks = own.chunks or 1
     if own.parts is not None:
-        return [Stages(own.count, own.parts, chunks)]
+        return [own.stages(own.parts)]
     possible = [own.count * k for k in FLIGHTS if batch % (own.count * k) == 0]
     others = max(1, topology.devices // own.count)
     even = [parts for parts in possible if batch // parts % others == 0]
     flights = (even or possible[:MOST_FLIGHTS] or [1])[-MOST_FLIGHTS:]
-    return [Stages(own.count, parts, chunks) for parts in flights]
+    return [own.stages(parts) for parts in flights]
 
 
 def worth_trying(problem: Problem, best: Candidate) -> list[Stages]:
