@@ -272,6 +272,9 @@ def _notes(
         notes.append(_may_not_fit(problem, chosen))
     if parts > 1 and problem.whole:
         notes.append(problem.batches.note(parts))
+    flight = problem.trace.forms.stages.parts
+    if flight > 1 and problem.batches.change:
+        notes.append(problem.batches.note_in_flight(flight))
     if patience.cut:
         notes.append(
             f"the search stopped after {patience.limit:.0f} s of computing, before it"

@@ -121,7 +121,8 @@ def worth_trying(problem: Problem, best: Candidate) -> list[Stages]:
         stages = options(Asked(count), problem.trace, topology)[-1]
         if stages.parts > 1 and (not best.fits or waits > stages.bubble):
             tried.append(stages)
-    if not tried:
+    # By itself the planner changes no model.
+    if not tried or problem.batches.change:
         return []
     layers = problem.trace.stack(SOME_PARTS) if _even(problem.trace) else 0
     return [s for s in tried if layers and layers % s.count == 0]
