@@ -22,7 +22,7 @@ Attention is one choice for all layers, as its operation keeps two arrays togeth
     ...     return (jnp.tanh(x @ up) @ down).sum()
     >>> params = (jnp.ones((8, 32)), jnp.ones((32, 8)))
     >>> program = jax.make_jaxpr(mlp)(params, jnp.ones((4, 8)))
-    >>> [(kept.key, kept.bytes, kept.flops) for kept in values(program.jaxpr)]
+    >>> [(kept.key, kept.bytes, kept.flops) for kept in values(program.jaxpr, 2)]
     [(0, 512, 2048.0), (1, 0, 0.0)]
 """
 
@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from lepton_jax.compat import Jaxpr, Literal
+from lepton_jax.compat import Jaxpr, Literal, scan_counts
 from lepton_jax.planner.rewrite.attention import ATTENTION
 from lepton_jax.planner.rewrite.program import Uses, equations, parts
 from lepton_jax.planner.rewrite.staged_attention import STAGED
@@ -125,6 +125,7 @@ class Kept(NamedTuple):
       bytes: of it, on all devices and in all turns of its loop.
       flops: that make it, likewise.
       variable: where the program holds it; None: in several places.
+      mild: whether "dots" keeps it; an expert's products it does not.
     """
 
     key: Key
@@ -132,6 +133,7 @@ class Kept(NamedTuple):
     bytes: int
     flops: float
     variable: Any
+    mild: bool = True
 
 
 def keeping_of(policy: str) -> Keeping:
@@ -155,7 +157,11 @@ def is_keeping(policy: str) -> bool:
     return WRITTEN.fullmatch(policy) is not None
 
 
-def values(jaxpr: Jaxpr, there: Collection[Any] = ()) -> list[Kept]:
+def values(
+    jaxpr: Jaxpr,
+    parameters: int,
+    there: Collection[Any] = (),
+) -> list[Kept]:
     """List the values of a program that may be kept, see `Kept`.
 
     A value that no derivative reads costs nothing, and brings nothing: the last product
@@ -163,20 +169,22 @@ def values(jaxpr: Jaxpr, there: Collection[Any] = ()) -> list[Kept]:
 
     Args:
       jaxpr: a program to be differentiated, without named parts (`opened`).
+      parameters: the number of its inputs that are parameters.
       there: variables that are kept in any case.
     """
     found = []
     attention_bytes = 0
     attention_flops = 0.0
     count = itertools.count()
-    for eqn, turns, uses in _turned(jaxpr):
-        if is_projection(eqn):
+    for eqn, turns, uses, own in _turned(jaxpr, fixed(jaxpr, parameters)):
+        if is_projection(eqn, own):
             result = eqn.outvars[0]
             if result in there or not _is_read(result, uses, there):
                 turns = 0
             size = turns * nbytes(result)
             flops = turns * _flops(eqn)
-            found.append(Kept(next(count), max(turns, 1), size, flops, result))
+            mild = not _batched(eqn)
+            found.append(Kept(next(count), max(turns, 1), size, flops, result, mild))
         for attention in _attentions(eqn):
             attention_bytes += turns * sum(map(nbytes, attention.outvars))
             attention_flops += turns * _attention_flops(attention)
@@ -185,11 +193,11 @@ def values(jaxpr: Jaxpr, there: Collection[Any] = ()) -> list[Kept]:
     return found
 
 
-def named(jaxpr: Jaxpr, keeping: Keeping) -> dict[Any, str]:
+def named(jaxpr: Jaxpr, parameters: int, keeping: Keeping) -> dict[Any, str]:
     """Return the names of the variables that a policy keeps."""
     return {
         value.variable: NAME.format(value.key)
-        for value in values(jaxpr)
+        for value in values(jaxpr, parameters)
         if value.key in keeping.keys and value.variable is not None
     }
 
@@ -223,12 +231,22 @@ def nbytes(variable: Any) -> int:
     return aval.size * aval.dtype.itemsize
 
 
-def is_projection(eqn: Any) -> bool:
-    """Whether an equation is a product without batch dims, such as of a layer."""
+def is_projection(eqn: Any, own: Collection[Any]) -> bool:
+    """Whether an equation is a product of a layer, or of experts.
+
+    Args:
+      eqn: the equation.
+      own: variables that the parameters alone decide.
+    """
     if eqn.primitive.name != "dot_general":
         return False
-    _, (batch, _) = eqn.params["dimension_numbers"]
-    return not batch
+    by_kernel = any(v in own for v in eqn.invars if not isinstance(v, Literal))
+    return by_kernel or not _batched(eqn)
+
+
+def fixed(jaxpr: Jaxpr, parameters: int) -> set[Any]:
+    """Return the variables that the parameters alone decide: they are there anyway."""
+    return _decided(jaxpr, {*jaxpr.invars[:parameters], *jaxpr.constvars})
 
 
 # ---- internals ----
@@ -256,20 +274,58 @@ def _keys(listed: str) -> Iterator[Key]:
         yield from range(int(first), int(last or first) + 1)
 
 
-def _turned(jaxpr: Jaxpr) -> Iterator[tuple[Any, int, Uses]]:
-    """Yield equations, how often each runs, and the uses of variables around it.
+def _decided(jaxpr: Jaxpr, known: set[Any]) -> set[Any]:
+    """Return the variables that some known ones decide."""
+    known = set(known)
+    eqn: Any
+    for eqn in jaxpr.eqns:
+        if all(v in known for v in eqn.invars if not isinstance(v, Literal)):
+            known.update(eqn.outvars)
+    return known
+
+
+def _turned(
+    jaxpr: Jaxpr,
+    own: set[Any],
+) -> Iterator[tuple[Any, int, Uses, set[Any]]]:
+    """Yield equations, and how often each runs, with what is known of variables there.
 
     The bodies of layers' loops are looked into, those of loops in them are not.
+
+    Args:
+      jaxpr: the program.
+      own: its variables that the parameters alone decide.
+
+    Yields:
+      An equation, its turns, the uses of variables around it, and those of them that
+      the parameters decide.
     """
     uses = Uses(jaxpr)
     eqn: Any
     for eqn in jaxpr.eqns:
-        yield eqn, 1, uses
+        yield eqn, 1, uses, own
         if is_layer(eqn):
             body = eqn.params["jaxpr"].jaxpr
             inside = Uses(body)
+            decided = _decided(body, set(_handed(eqn, own)))
             for inner in body.eqns:
-                yield inner, eqn.params["length"], inside
+                yield inner, eqn.params["length"], inside, decided
+
+
+def _handed(loop: Any, own: set[Any]) -> Iterator[Any]:
+    """Yield the inputs of a loop's body that the parameters decide."""
+    consts, carried = scan_counts(loop)
+    inputs = loop.params["jaxpr"].jaxpr.invars
+    for number, (outer, inner) in enumerate(zip(loop.invars, inputs, strict=True)):
+        is_carried = consts <= number < consts + carried
+        if not is_carried and not isinstance(outer, Literal) and outer in own:
+            yield inner
+
+
+def _batched(eqn: Any) -> bool:
+    """Whether a product has batch dims."""
+    _, (batch, _) = eqn.params["dimension_numbers"]
+    return bool(batch)
 
 
 def _is_read(variable: Any, uses: Uses, there: Collection[Any]) -> bool:

@@ -113,16 +113,16 @@ def rematerialized(function: Callable, policy: str) -> Callable:
 
     def forward(*args: Any) -> Any:
         program, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+        parameters = len(jax.tree.leaves(args[0]))
         if keeping.is_keeping(policy):
             program = opened(program)
             kept = keeping.keeping_of(policy)
-            names = keeping.named(program.jaxpr, kept)
+            names = keeping.named(program.jaxpr, parameters, kept)
             segments = Segments(
                 kept.policy(kept.turns), names, kept.turns, kept.policy()
             )
         else:
             segments = Segments(POLICIES[policy])
-        parameters = len(jax.tree.leaves(args[0]))
         leaves = jax.tree.leaves(args)
         results = segments.run(program, leaves, parameters)
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
@@ -146,13 +146,13 @@ def boundaries(
       Numbers of equations before which it is cut, 0 and their count among them.
     """
     count = len(jaxpr.eqns)
-    fixed = _fixed(jaxpr, parameters)
-    sizes = _bytes_made(jaxpr, fixed)
+    own = keeping.fixed(jaxpr, parameters)
+    sizes = _bytes_made(jaxpr, own)
     total = sum(sizes)
     if total < SMALL or any(map(is_layer, jaxpr.eqns)):
         return [0, count]
 
-    alive = _bytes_alive(jaxpr, fixed)
+    alive = _bytes_alive(jaxpr, own)
     valleys = [place for place in range(1, count) if _is_valley(alive, place)]
     if not valleys:
         return [0, count]
@@ -188,22 +188,10 @@ def keepable(program: ClosedJaxpr, parameters: int) -> list[keeping.Kept]:
         for variable in eqn.outvars:
             if number >= last or last_use.get(variable, -1) >= after:
                 there.add(variable)
-    return keeping.values(jaxpr, there)
+    return keeping.values(jaxpr, parameters, there)
 
 
 # ---- sizes ----
-
-
-def _fixed(
-    jaxpr: Any,
-    parameters: int,
-) -> set[Any]:
-    """Return the variables that the parameters alone decide: they are there anyway."""
-    fixed = {*jaxpr.invars[:parameters], *jaxpr.constvars}
-    for eqn in jaxpr.eqns:
-        if all(variable in fixed for variable in _variables(eqn.invars)):
-            fixed.update(eqn.outvars)
-    return fixed
 
 
 def _bytes_made(

@@ -21,6 +21,7 @@ from lepton_jax.planner.search.finalists import powers
 from lepton_jax.planner.search.limits import (
     FINER_GAIN,
     FINER_LAYOUTS,
+    FINER_PARTS,
     FINER_ROOM,
     FINER_TRIES,
 )
@@ -133,7 +134,9 @@ def _micro_batches(
     if names.batch is not None:
         rows //= form.counts[sample_axes(form, names)]
     # more micro-batches communicate more often
-    return [parts for parts in powers(rows) if parts <= 2 * best.micro_batches]
+    return [
+        parts for parts in powers(rows) if parts <= FINER_PARTS * best.micro_batches
+    ]
 
 
 def _between(
@@ -142,32 +145,34 @@ def _between(
     parts: int,
     values: Sequence[Kept],
 ) -> Iterator[Finer]:
-    """Yield the policy between "dots", which does not fit, and "full", which does."""
+    """Yield the policy between "full", which fits, and one that keeps everything."""
     full = replace(form, remat="full", micro_batches=parts)
     dots = replace(form, remat="dots", micro_batches=parts)
     least = problem.bound(full)
     most = problem.bound(dots)
     room = problem.limit - least
-    if room <= 0 or most <= max(problem.limit, least):
+    mild = [value for value in values if value.mild]
+    is_enough = most <= problem.limit and len(mild) == len(values)
+    if room <= 0 or most <= least or is_enough:
         return
 
-    total = sum(value.bytes for value in values)
-    share = (most - least) / total
-    fraction = _spared(values, chosen(values, room / share))
+    share = (most - least) / sum(value.bytes for value in mild)
+    spared = _spared(values, chosen(values, room / share))
+    fraction = spared / sum(value.flops for value in mild)
     slow = problem.cost("full").estimate(problem.translated(full)).total
     fast = problem.cost("dots").estimate(problem.translated(dots)).total
     yield Finer(full, room, share, slow - fraction * (slow - fast))
 
 
 def _spared(values: Sequence[Kept], keeping: Keeping) -> float:
-    """Return the share of the products that need not be computed again."""
+    """Return the FLOP that need not be computed again."""
     spared = 0.0
     for value in values:
         if value.key in keeping.always:
             spared += value.flops
         elif value.key in keeping.first:
             spared += value.flops * keeping.turns / value.turns
-    return spared / sum(value.flops for value in values)
+    return spared
 
 
 def _traced(
