@@ -171,7 +171,10 @@ def plainly():
 )
 def test_a_planned_pipeline_trains_as_one_device_does(mesh, options):
     plan = planning.plan(traced(), CPU, mesh=mesh, **options)
-    assert plan.pipeline == Stages(*options["stages"])
+    assert (
+        dataclasses.astuple(plan.pipeline)[: len(options["stages"])]
+        == (options["stages"])
+    )
     layers = [a for a in plan.arrays if a.path.startswith("params/blocks")]
     assert all(array.use[0] == "stage" for array in layers)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lepton_jax.errors import PlanError
-from lepton_jax.hardware import Topology
+from lepton_jax.hardware import Topology, lay
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.planner.rewrite import Stages
 from lepton_jax.planner.search.pins import Pins, Request
@@ -112,8 +112,9 @@ def worth_trying(problem: Problem, best: Candidate) -> list[Stages]:
     topology = problem.topology
     if topology.platform == "cpu" or problem.pins.meshes or topology.devices == 1:
         return []
-    seconds = best.estimate.seconds
-    waits = seconds.get("communication", 0.0) / max(best.estimate.total, 1e-30)
+    if best.fits and not _slow_outside(topology):
+        return []
+    waits = best.estimate.seconds["communication"] / best.estimate.total
     tried = []
     for count in COUNTS:
         if topology.devices % count:
@@ -141,6 +142,16 @@ def staged(pins: Pins, stages: Stages, topology: Topology) -> Pins:
 
 
 # ---- internals ----
+
+
+def _slow_outside(topology: Topology) -> bool:
+    """Whether a network links groups of devices, and not those in a group."""
+    half = topology.devices // 2
+    if topology.devices % 2 or half < 2:
+        return False
+    outer = lay({"outer": 2, "inner": half}, topology)["outer"]
+    inner = lay({"outer": half, "inner": 2}, topology)["inner"]
+    return outer.kind == "network" != inner.kind
 
 
 def _even(trace: Trace) -> bool:
