@@ -11,6 +11,7 @@ import pytest
 
 import lepton_jax as lepton
 from lepton_jax import models
+from lepton_jax.monitor import read_events
 from lepton_jax.planner import planning
 from lepton_jax.planner.program import named
 from lepton_jax.planner.rewrite import Stages, in_stages
@@ -231,3 +232,49 @@ def test_xla_sends_and_computes_what_the_plan_says():
     permutes = kinds["collective-permute"]
     assert permutes.found == pytest.approx(permutes.planned)
     assert permutes.found_count == 2 * plan.pipeline.turns
+
+
+# ---- runs ----
+
+
+def whole_recipe():
+    tokens = np.random.default_rng(1).integers(0, 64, (64, 8)).astype(np.int32)
+    policies = (lepton.controllers.guard(), lepton.controllers.clip_by_history())
+    return traced().recipe.with_(
+        train=(tokens, tokens),
+        test=(tokens[:24], tokens[:24]),  # one batch and a half
+        controller=lepton.controllers.chain(*policies),
+    )
+
+
+def records(folder):
+    events = read_events(folder / "events.jsonl")
+    steps = [event for event in events if event["kind"] == "steps"]
+    return [step["records"] for step in steps]
+
+
+def test_a_run_goes_on_with_a_pipeline_and_without_and_measures_the_same(tmp_path):
+    free = lepton.Trainer(whole_recipe())
+    plans = {
+        "plain": free.plan(mesh={"data": 8}),
+        "staged": free.plan(mesh={"stage": 4, "data": 2}, stages=(4, 4)),
+    }
+
+    def run(name, first, then):
+        folder = tmp_path / name
+        options = {"run_dir": folder}
+        lepton.Trainer(whole_recipe(), plan=plans[first], **options).fit(steps=3)
+        trainer = lepton.Trainer(whole_recipe(), plan=plans[then], **options).resume()
+        trainer.fit(steps=3)
+        return trainer
+
+    plain = run("plain", "plain", "plain")
+    known = jax.tree.map(np.array, plain.state.params)
+    for name, order in {"in": ("plain", "staged"), "out": ("staged", "plain")}.items():
+        other = run(name, *order)
+        near = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
+        jax.tree.map(near, jax.tree.map(np.array, other.state.params), known)
+        pairs = zip(records(tmp_path / name), records(tmp_path / "plain"), strict=True)
+        for own, expected in pairs:
+            for key in expected:
+                np.testing.assert_allclose(own[key], expected[key], rtol=1e-4)
