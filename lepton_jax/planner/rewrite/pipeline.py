@@ -280,10 +280,12 @@ class Pipeline:
 
     def _run(self, operands: list[Any]) -> list[Any]:
         consts = operands[: self.consts]
-        holds = self.stack.consts
-        moving = [x for x, own in zip(consts, holds, strict=True) if own]
         sliced = self.consts + self.carried
-        split = [self._split(x) for x in (*operands[self.consts : sliced], *moving)]
+        entering = list(operands[self.consts : sliced])
+        for x, holds_samples in zip(consts, self.stack.consts, strict=True):
+            if holds_samples:
+                entering.append(x)
+        split = [self._split(x) for x in entering]
         layers = [self._by_stage(x) for x in operands[sliced:]]
 
         # In the bubble, stages compute with samples that are there: at zero, for
@@ -324,12 +326,25 @@ class Pipeline:
         activations, results = jax.lax.scan(mapped, activations, rows)
         left = [pick(x, self.stages.count - 1) for x in activations]
 
-        pairs = list(zip(results, self.stack.results, strict=True))
-        kept = [x for x, own in pairs if own]
-        more = [x for x, own in pairs if not own]
-        added = zip(sums, more, strict=True)
-        sums = [total + self._read(x, behind) for total, x in added]
+        kept, sums = self._noted(results, sums, behind)
         return ([*activations, *moving], sums), (left, kept)
+
+    def _noted(
+        self,
+        results: list[Any],
+        sums: list[Any],
+        behind: Any,
+    ) -> tuple[list[Any], list[Any]]:
+        """Return the layers' results that hold samples, and the sums of the others."""
+        kept = []
+        more = []
+        for x, holds in zip(results, self.stack.results, strict=True):
+            if holds:
+                kept.append(x)
+            else:
+                more.append(self._read(x, behind))
+        added = zip(sums, more, strict=True)
+        return kept, [total + x for total, x in added]
 
     def _mapped(self, consts: list[Any], moving: list[Any], part: Any) -> Any:
         """Return the layer for all stages at once, as a scan takes it."""
