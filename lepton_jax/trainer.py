@@ -249,6 +249,7 @@ class Trainer:
         remat: str | None = None,
         micro_batches: int | None = None,
         stages: int | tuple[int, ...] | None = None,
+        context: str | None = None,
     ) -> Plan:
         """Return the plan for a topology, which need not be there.
 
@@ -261,9 +262,12 @@ class Trainer:
           objective: "time", "memory" or "cost": what is to be least.
           mesh: mesh axis name to size; None: the search decides.
           pins: pattern of parameter paths to the PartitionSpec to use.
-          remat: "none", "dots" or "full"; None: the mildest that fits.
+          remat: "none", "dots", "full" or "keep ...", as a plan shows it; None: the
+            mildest that fits.
           micro_batches: parts of a batch; None: the recipe's, or the fewest that fit.
           stages: of a pipeline, as in `lepton_jax.plan`; None: only where it is better.
+          context: "all-to-all" or "ring": how attention meets a sequence that is split;
+            None: the faster.
 
         Raises:
           PlanError: no such topology, nothing fits, or a pin is impossible.
@@ -291,6 +295,7 @@ class Trainer:
             remat=remat,
             micro_batches=micro_batches,
             stages=stages,
+            context=context,
         )
 
     def fit(

@@ -28,7 +28,7 @@ from lepton_jax.hardware import Topology, here, read_chips, topology
 from lepton_jax.launch.joining import ask_for_devices
 from lepton_jax.planner import Plan, Trace, plan, trace
 from lepton_jax.planner.patience import LIMIT_SECONDS
-from lepton_jax.planner.plans import OBJECTIVES
+from lepton_jax.planner.plans import CONTEXTS, OBJECTIVES
 from lepton_jax.planner.program.remat import POLICIES
 from lepton_jax.planner.show.frontier import Frontier, frontier
 from lepton_jax.planner.show.html import page
@@ -52,6 +52,7 @@ REPLAY_HAS = (
     "stages",
     "prove",
     "time_limit",
+    "context",
 )
 MIB = 2**20
 # exit codes of a shell: a mistake of the user's or nothing that fits; Ctrl-C
@@ -282,6 +283,15 @@ def _add_pins(
             "of a pipeline for a stack of equal layers, with M micro-batches in flight"
             " and C chunks of layers on each stage, e.g. 4, 4x16 or 4x16x2; 1: none"
             " (default: only where it is faster, or nothing else fits)"
+        ),
+    )
+    add(
+        "--context",
+        type=settings.reader(str, choices=CONTEXTS),
+        metavar="|".join(CONTEXTS),
+        help=(
+            "how attention meets a sequence that is split over devices: they exchange"
+            " parts of it for heads, or keys and values go around (default: the faster)"
         ),
     )
     add(
@@ -653,6 +663,7 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
         "micro_batches": getattr(options, "micro_batches", None),
         "stages": options.stages,
         "time_limit": options.time_limit,
+        "context": options.context,
     }
     return {name: value for name, value in asked.items() if value is not None}
 

@@ -19,7 +19,7 @@ from lepton_jax.planner.patience import LIMIT_SECONDS, Patience
 from lepton_jax.planner.plans import OBJECTIVES, SIMPLEST, Plan, Rival, check_effects
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.trace import Trace
-from lepton_jax.planner.search import advice, limits, staging
+from lepton_jax.planner.search import advice, lengths, limits, staging
 from lepton_jax.planner.search import pins as pinning
 from lepton_jax.planner.search.build import Verdict, build, without_data
 from lepton_jax.planner.search.descent import search
@@ -51,12 +51,14 @@ def plan(
       mesh: mesh axis name to size, outermost first; None: the search decides.
       pins: pattern of parameter paths ("**/embedding") to the PartitionSpec with which
         they are kept, over axes of `mesh`.
-      remat: "none", "dots" or "full"; None: the mildest that fits.
+      remat: "none", "dots", "full" or "keep ...", as a plan shows it; None: the mildest
+        that fits.
       micro_batches: parts of a batch; None: the recipe's, or the fewest that fit.
       time_limit: seconds of computing after which the search stops and the best plan so
         far is taken, which the plan's notes then say; None: no limit. What takes longer
         than 2 s says on stderr how far it is.
-      **forms: forms of the step that are fixed:
+      **forms: forms of the step that are fixed, by the field of `Plan` that has them:
+        context, "all-to-all" or "ring".
         stages, of a pipeline for a stack of equal layers: their number, or (stages,
         micro-batches in flight), or these and the chunks of a stage; 1: no pipeline;
         None: those of a mesh axis called "stage", or the search decides.
@@ -305,6 +307,7 @@ def _reasons(
         SIMPLEST: _why_not_the_fastest(problem, chosen, ranked),
         "memory": _why_not_plain(problem, chosen),
         "in one piece": _why_in_one_piece(problem, chosen, ranked),
+        **lengths.reasons(problem, chosen, duration),
     }
     return {decision: why for decision, why in reasons.items() if why}
 

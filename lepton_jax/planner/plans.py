@@ -26,6 +26,8 @@ from lepton_jax.trees import by_path
 
 # what a plan may be best in: time of a step, memory of a device, price of a step
 OBJECTIVES = ("time", "memory", "cost")
+# how attention meets a sequence that is split over devices
+CONTEXTS = ("all-to-all", "ring")
 # fields that plans of older versions lack
 SINCE = {
     "peak_least",
@@ -37,6 +39,7 @@ SINCE = {
     "stage_parts",
     "stage_chunks",
     "stage_groups",
+    "context",
 }
 # kinds of bytes that XLA decides
 DECIDED_BY_XLA = ("gradients", "activations", "temporaries")
@@ -153,7 +156,7 @@ class Plan:
       axes: the named axes that were found, largest first.
       batch_size, micro_batches: samples a step, and parts in which they pass through
         the model.
-      remat: rematerialization: "none", "dots" or "full".
+      remat: rematerialization: "none", "dots", "full", or what is kept (`keeping`).
       unroll_micro_batches: micro-batches as straight code instead of a loop.
       steps_per_call: steps that one XLA call runs.
       data: "resident": the training data lies on each device, and a batch is gathered
@@ -179,6 +182,9 @@ class Plan:
       stage_parts: micro-batches that are in flight in the pipeline.
       stage_chunks: runs of layers of each stage.
       stage_groups: runs of samples that have micro-batches of their own.
+      context: how attention meets a sequence that is split: "all-to-all": devices
+        exchange parts of it for heads, as far as there are heads; "ring": keys and
+        values go around; "": it is not split.
     """
 
     topology: str
@@ -213,6 +219,7 @@ class Plan:
     stage_parts: int = 1
     stage_chunks: int = 1
     stage_groups: int = 1
+    context: str = ""
 
     # How a plan shows itself, by form: "text" and "html". The package fills them in,
     # since the room `show` knows plans, and a plan knows nothing of pictures.
@@ -368,6 +375,7 @@ class Plan:
             uses,
             storage,
             meets_stored(graph),
+            ring=self.context == "ring",
         )
 
     def check(

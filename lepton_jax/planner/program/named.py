@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lepton_jax.planner.program.graph import Graph
+from lepton_jax.planner.program.kernels import KERNELS, LENGTH
 from lepton_jax.planner.program.layout import Spec
 from lepton_jax.planner.program.staged import layers_of_stages, samples_of_parts
 
@@ -98,6 +99,7 @@ class Names:
       stages: numbers of the groups that are the stages of a pipeline.
       samples: numbers of the groups of samples: the batch, and the samples of a
         pipeline's micro-batch.
+      lengths: numbers of the groups that are the sequence of a kernel of attention.
       batched: indices of the values that hold samples.
       patterns: for each input, its path with layer numbers starred.
     """
@@ -127,6 +129,7 @@ class Names:
         layers = layers_of_stages(graph)
         self.stages = {self.of[root] for root in layers if root in self.of}
         self.samples = self._sample_groups()
+        self.lengths = self._length_groups()
         self.batched = self._values_with_samples()
         self._dims = self._dims_of_inputs()
         self._stored: dict[tuple, list[Spec]] = {}
@@ -338,6 +341,16 @@ class Names:
                 dims.append(Dim(extent, group, node in graph.loops, whole))
             inputs.append(tuple(dims))
         return inputs
+
+    def _length_groups(self) -> set[int]:
+        """Return the groups that are the sequence of a kernel of attention."""
+        groups = set()
+        for op in self.graph.operations():
+            if op.name in KERNELS and op.inputs[0] is not None:
+                root = self.graph.find(op.inputs[0].nodes[LENGTH])
+                if root in self.of:
+                    groups.add(self.of[root])
+        return groups
 
     # ---- specs under an assignment ----
 

@@ -17,6 +17,7 @@ from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.remat import meaning
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.planner.rewrite import Stages
+from lepton_jax.planner.search import lengths
 from lepton_jax.planner.search.bounds import NOT_KNOWN, Bounds
 from lepton_jax.planner.search.limits import CAUSES
 from lepton_jax.planner.search.masks import has, sample_axes
@@ -114,6 +115,7 @@ def build(
         stage_parts=trace.forms.stages.parts,
         stage_chunks=trace.forms.stages.chunks,
         stage_groups=trace.forms.stages.groups,
+        context=lengths.context(names, assignment),
     )
 
 
