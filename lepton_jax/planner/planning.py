@@ -139,6 +139,7 @@ def _best(
         if patience.cut:
             break
         other = _searched(best[0].trace.staged(stages), topology, request, patience)
+        other[0].unstaged = best[0].unstaged or best[1][0]
         best = max(best, other, key=_merit)
     return best
 
@@ -307,6 +308,7 @@ def _reasons(
         SIMPLEST: _why_not_the_fastest(problem, chosen, ranked),
         "memory": _why_not_plain(problem, chosen),
         "in one piece": _why_in_one_piece(problem, chosen, ranked),
+        "in stages": _why_in_stages(problem),
         **lengths.reasons(problem, chosen, duration),
     }
     return {decision: why for decision, why in reasons.items() if why}
@@ -363,6 +365,19 @@ def _why_in_one_piece(
     if is_in_parts or not is_faster_in_parts or not problem.whole:
         return None
     return f"micro-batches would change the model: {problem.batches.why}"
+
+
+def _why_in_stages(problem: Problem) -> str | None:
+    """Return why a pipeline was chosen that nobody asked for."""
+    plain = problem.unstaged
+    if plain is None:
+        return None
+    if not plain.may_fit:
+        memory = size(problem.topology.device.memory)
+        return f"without a pipeline nothing fits: {size(plain.peak)} of {memory}"
+    took = duration(plain.estimate.total)
+    waits = duration(plain.estimate.seconds["communication"])
+    return f"the best plan without a pipeline takes {took} a step, and waits {waits}"
 
 
 # ---- rivals ----

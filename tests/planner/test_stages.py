@@ -281,3 +281,34 @@ def test_a_run_goes_on_with_a_pipeline_and_without_and_measures_the_same(tmp_pat
         own = records(tmp_path / name)
         for key, values in records(tmp_path / "plain").items():
             np.testing.assert_allclose(own[key], values, rtol=1e-4)
+
+
+def test_across_a_slow_network_a_pipeline_is_the_planners_own_choice():
+    def model(rngs):
+        return models.TransformerLM(
+            512,
+            dim=4096,
+            layers=8,
+            heads=16,
+            loop="scan",
+            rngs=rngs,
+        )
+
+    recipe = lepton.Recipe(
+        model=model,
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.adam(1e-3),
+        batch_size=32,
+        precision="bfloat16",
+    )
+    few_tokens = jax.ShapeDtypeStruct((1, 128), "int32")
+    trace = lepton.trace(recipe, few_tokens, few_tokens)
+    nodes = lepton.topology("a100:2x2")
+    plain = planning.plan(trace, nodes, stages=1)
+
+    plan = planning.plan(trace, nodes)
+
+    assert plan.stages > 1
+    assert plan.step_seconds < plain.step_seconds
+    assert "the best plan without a pipeline takes" in plan.reasons["in stages"]
+    assert planning.plan(trace, lepton.topology("a100:4")).stages == 1

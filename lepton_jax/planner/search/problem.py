@@ -142,6 +142,8 @@ class Problem:
     objective: str
     pins: Pins
     patience: Patience = field(default_factory=lambda: Patience("planning"))
+    # the best without a pipeline, where a pipeline was found to be better
+    unstaged: Candidate | None = None
     # caches; those with a string as key are by rematerialization policy
     _scores: dict[Assignment, float] = field(default_factory=dict)
     _names: dict[str, Names] = field(default_factory=dict)
