@@ -14,7 +14,8 @@ from lepton_jax import models
 from lepton_jax.monitor import read_events
 from lepton_jax.planner import planning
 from lepton_jax.planner.program import named
-from lepton_jax.planner.rewrite import Stages, in_stages
+from lepton_jax.planner.rewrite import Stages, forms, in_stages
+from lepton_jax.planner.rewrite.attention import How, attend
 from lepton_jax.planner.search import build
 from lepton_jax.train.program import Program
 from lepton_jax.verify.comparison import verify
@@ -232,6 +233,46 @@ def test_xla_sends_and_computes_what_the_plan_says():
     permutes = kinds["collective-permute"]
     assert permutes.found == pytest.approx(permutes.planned)
     assert permutes.found_count == 2 * plan.pipeline.turns
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [
+        ({"stage": 2, "data": 2, "tensor": 2}, {"stages": (2, 4)}),
+        ({"stage": 2, "fsdp": 4}, {"stages": (2, 4), "remat": "dots"}),
+    ],
+    ids=["tensor", "dots"],
+)
+def test_attention_of_all_stages_is_one_kernel(mesh, options, monkeypatch):
+    monkeypatch.setitem(forms.LEAST_LENGTH, "cpu", 8)
+    plan = planning.plan(traced(), CPU, mesh=mesh, **options)
+    assert plan.attention == "blocks"
+    graph = dataclasses.replace(traced(), forms=plan.forms).gradient(plan.remat)
+    names = {op.name for op in graph.operations()}
+    assert {"staged_attention", "staged_attention_gradient"} <= names
+
+    losses, _ = two_losses(plan)
+
+    np.testing.assert_allclose(losses, plainly()[0], rtol=RTOL)
+
+
+@pytest.mark.parametrize("kernel", ["blocks", "splash-interpreted"])
+def test_attention_mapped_over_stages_is_that_of_each(kernel):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(2, 3, 16, heads, 8) for heads in (4, 2, 2)]
+    arrays = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
+    segments = jnp.arange(16)[None] // jnp.array([5, 7, 9])[:, None]
+    how = How(causal=True, scale=0.4, kernel=kernel)
+
+    def attends(query, key, value):
+        return (attend(query, key, value, how, segments) ** 2).sum()
+
+    gradient = jax.grad(attends, (0, 1, 2))
+    mapped = jax.jit(jax.vmap(gradient))(*arrays)
+    for stage in range(2):
+        own = gradient(*(x[stage] for x in arrays))
+        for x, expected in zip(mapped, own, strict=True):
+            np.testing.assert_allclose(x[stage], expected, rtol=1e-4, atol=1e-5)
 
 
 # ---- runs ----
