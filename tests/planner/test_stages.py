@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import Primitive
 
 import lepton_jax as lepton
 from lepton_jax import models
@@ -109,6 +110,24 @@ def test_layers_that_do_not_divide_and_loops_over_time_stay_as_they_are():
     sequences = shape((SAMPLES, LAYERS, WIDTH), "float32")
     program = jax.make_jaxpr(cells)(shape((WIDTH, WIDTH), "float32"), sequences)
     assert "stage_roll" not in str(program)
+
+
+def test_a_layer_that_cannot_be_mapped_is_no_stage():
+    secret = Primitive("secret")
+    secret.def_abstract_eval(lambda x: x)
+
+    def loss(weights, x):
+        def layer(x, kernel):
+            return secret.bind(jnp.tanh(x @ kernel)), None
+
+        return jax.lax.scan(layer, x, weights)[0].sum()
+
+    shapes = (
+        jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), "float32"),
+        jax.ShapeDtypeStruct((SAMPLES, WIDTH), "float32"),
+    )
+    piped = in_stages(loss, Stages(2, 2), (1,))
+    assert "stage_roll" not in str(jax.make_jaxpr(piped)(*shapes))
 
 
 # ---- plans ----

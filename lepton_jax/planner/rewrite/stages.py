@@ -216,7 +216,7 @@ def _stack(eqn: Any, small: Any, count: int) -> Stack | None:
     pairs = zip(eqn.outvars[carried:], of_results, strict=True)
     if count > 1 and not all(own or _is_real(v) for v, own in pairs):
         return None
-    if not draws(eqn, small).can_be_taken_apart:
+    if not draws(eqn, small).can_be_taken_apart or not _can_be_mapped(small):
         return None
     return Stack(
         whole=eqn,
@@ -236,6 +236,20 @@ def _may_be_a_stack(eqn: Any) -> bool:
     state = eqn.invars[consts : consts + carried]
     layers = eqn.invars[consts + carried :]
     return bool(state) and all(map(_is_real, state)) and any(map(_is_real, layers))
+
+
+def _can_be_mapped(eqn: Any) -> bool:
+    """Whether JAX knows how to map all operations of a loop's body."""
+    body = eqn.params["jaxpr"]
+    shapes = [
+        jax.ShapeDtypeStruct((2, *variable.aval.shape), variable.aval.dtype)
+        for variable in body.jaxpr.invars
+    ]
+    try:
+        jax.eval_shape(jax.vmap(lambda *values: run(body, values)), *shapes)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _holds(whole: Any, part: Any, count: int, dim: int = 0) -> bool | None:
