@@ -118,8 +118,8 @@ def read(
         multiply up or don't divide.
     """
     where = f"plan for {topology.name}"
-    _check_remat(request.remat, trace, where)
     _check_context(request.context, where)
+    _check_remat(request.remat, trace, where)
     micro_batches = request.micro_batches
     if micro_batches is None:
         micro_batches = trace.recipe.micro_batches
