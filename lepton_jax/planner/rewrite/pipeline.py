@@ -48,6 +48,9 @@ PROJECTION = "stage_projection"
 # calls whose insides are rematerialized
 REMADE = ("checkpoint", "remat2")
 
+# operations that take the parameters of a layer from those of a stage, or cast them
+TAKING = ("gather", "dynamic_slice", "squeeze", "convert_element_type", "transpose")
+
 # operations whose numbers depend on the place in their result
 RANDOM = ("random_bits", "random_split", "rng_bit_generator")
 
@@ -251,6 +254,11 @@ class _Layer:
         return drawn
 
 
+def _but_parameters(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether a layer keeps a result: not what only takes or casts parameters."""
+    return primitive.name not in TAKING
+
+
 # ---- the pipeline ----
 
 
@@ -320,9 +328,11 @@ class Pipeline:
         activations = held[: self.carried]
         moving = held[self.carried :]
         behind = turn - jnp.arange(self.stages.count)
-        rows = [self._of_chunk(x, self.clock.chunk(behind)) for x in layers]
-
         mapped = self._mapped(consts, moving, self.clock.part(behind))
+        rows: Any = layers
+        if self.stages.chunks > 1:
+            mapped = self._from_chunk(mapped, layers, self.clock.chunk(behind))
+            rows = jnp.arange(self._rounds)
         activations, results = jax.lax.scan(mapped, activations, rows)
         left = [pick(x, self.stages.count - 1) for x in activations]
 
@@ -375,13 +385,25 @@ class Pipeline:
         enters = (stage == 0) & (self.clock.chunk(turn) == 0)
         return jnp.where(enters, entering, roll(held, 1, wraps=True))
 
-    def _of_chunk(self, layers: Any, chunk: Any) -> Any:
-        """Return each stage's layers of a chunk: (layers of it, stages, ...)."""
-        if self.stages.chunks == 1:
-            return layers
-        parted = layers.reshape(self.stages.chunks, -1, *layers.shape[1:])
+    @property
+    def _rounds(self) -> int:
+        """Layers of a chunk."""
+        return self.stack.layers // self.stages.count // self.stages.chunks
+
+    def _from_chunk(self, mapped: Any, layers: list[Any], chunk: Any) -> Any:
+        """Return the layer as a scan over the layers of a chunk takes it.
+
+        Its parameters are taken from all of the stage's in the forward pass, and again
+        in the backward pass: kept, they would be there once for each turn.
+        """
         take = partial(jax.lax.dynamic_index_in_dim, axis=0, keepdims=False)
-        return jax.vmap(take, in_axes=(2, 0), out_axes=1)(parted, chunk)
+
+        def layer(activations: list[Any], number: Any) -> Any:
+            place_ = chunk * self._rounds + number
+            row = [jax.vmap(take, in_axes=(1, 0))(x, place_) for x in layers]
+            return mapped(activations, row)
+
+        return jax.checkpoint(layer, policy=_but_parameters, prevent_cse=False)
 
     def _read(self, results: Any, behind: Any) -> Any:
         """Return results of layers in the place of their chunk, zeros in a bubble."""
@@ -435,13 +457,12 @@ class Pipeline:
         return total if self.stages.parts == 1 else total / self.stages.parts
 
     def _no_sums(self) -> list[Any]:
-        rounds = self.stack.layers // self.stages.count // self.stages.chunks
         sums = []
         results = self.stack.part.outvars[self.carried :]
         for variable, own in zip(results, self.stack.results, strict=True):
             if own:
                 continue
-            shape = (self.stages.chunks, rounds, self.stages.count)
+            shape = (self.stages.chunks, self._rounds, self.stages.count)
             sums.append(
                 jnp.zeros((*shape, *variable.aval.shape[1:]), variable.aval.dtype)
             )

@@ -39,8 +39,10 @@ def finish(
     rows = 1
     if names.batch is not None:
         split = assignment.counts[sample_axes(assignment, names)]
-        pieces = split * problem.trace.forms.stages.parts
-        rows = max(1, problem.trace.recipe.batch_size // pieces)
+        rows = problem.trace.recipe.batch_size // split
+        if problem.trace.forms.stages.count > 1:
+            # a pipeline has micro-batches of its own
+            rows = 1
 
     asked = problem.pins.micro_batches
     options = [asked] if asked else powers(rows)

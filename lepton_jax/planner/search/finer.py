@@ -127,7 +127,8 @@ def _micro_batches(
     form: Assignment,
 ) -> list[int]:
     """Return the numbers of micro-batches to look at."""
-    if problem.pins.micro_batches or problem.whole:
+    is_staged = problem.trace.forms.stages.count > 1
+    if problem.pins.micro_batches or problem.whole or is_staged:
         return [best.micro_batches]
     names = problem.names("none")
     rows = problem.trace.recipe.batch_size

@@ -100,8 +100,9 @@ class Pins:
         if not self.stage_axes or names.batch is None:
             return
         mask = masks[names.batch] & ~self.stage_axes
+        pieces = assignment.counts[mask] * (self.micro_batches or 1)
         for k in names.samples - {names.batch}:
-            fits = divides(names, k, assignment.counts[mask])
+            fits = divides(names, k, pieces)
             masks[k] = mask if fits else 0
 
 
