@@ -44,12 +44,14 @@ class Asked:
     Attributes:
       count, parts, chunks: as in `Stages`.
       outermost: whether the stages have the outermost axis of the mesh.
+      batch: samples of which micro-batches in flight are parts.
     """
 
     count: int | None = None
     parts: int | None = None
     chunks: int | None = None
     outermost: bool = True
+    batch: int = 0
 
     def stages(self, parts: int) -> Stages:
         """Return the pipeline with some micro-batches in flight.
@@ -69,6 +71,8 @@ def asked(request: Request, trace: Trace, where: str) -> Asked:
       PlanError: it is no pipeline, the mesh has another, or the model can't be one.
     """
     own = _read(request.stages, where)
+    pieces = request.micro_batches or trace.recipe.micro_batches or 1
+    own = replace(own, batch=trace.recipe.batch_size // pieces)
     mesh = request.mesh or {}
     axes = stage_axes(mesh)
     size = 1
@@ -92,7 +96,7 @@ def asked(request: Request, trace: Trace, where: str) -> Asked:
 def options(own: Asked, trace: Trace, topology: Topology) -> list[Stages]:
     """Return the pipelines that fit what a person asks, to search one by one."""
     assert own.count is not None
-    batch = trace.recipe.batch_size
+    batch = own.batch or trace.recipe.batch_size
     if own.parts is not None:
         return [own.stages(own.parts)]
     possible = [own.count * k for k in FLIGHTS if batch % (own.count * k) == 0]
@@ -115,11 +119,14 @@ def worth_trying(problem: Problem, best: Candidate) -> list[Stages]:
     if best.fits and not _slow_outside(topology):
         return []
     waits = best.estimate.seconds["communication"] / best.estimate.total
+    pieces = problem.pins.micro_batches or 1
+    batch = problem.trace.recipe.batch_size // pieces
     tried = []
     for count in COUNTS:
         if topology.devices % count:
             continue
-        stages = options(Asked(count), problem.trace, topology)[-1]
+        own = Asked(count, batch=batch)
+        stages = options(own, problem.trace, topology)[-1]
         if stages.parts > 1 and (not best.fits or waits > stages.bubble):
             tried.append(stages)
     # By itself the planner changes no model.
@@ -183,13 +190,13 @@ def _no_pipeline(stages: Any, where: str) -> PlanError:
 
 def _check(own: Asked, trace: Trace, where: str) -> None:
     assert own.count is not None
-    batch = trace.recipe.batch_size
+    batch = own.batch
     chunks = own.chunks or 1
     if own.parts is not None and batch % own.parts:
         raise PlanError(
             f"{own.parts} micro-batches in flight do not divide a batch of {batch}",
             where=where,
-            remedy="ask for a whole number that divides batch_size",
+            remedy="ask for a whole number that divides it",
         )
     if chunks > 1 and own.parts is not None and own.parts % own.count:
         raise PlanError(
