@@ -140,7 +140,8 @@ def _best(
             break
         other = _searched(best[0].trace.staged(stages), topology, request, patience)
         other[0].unstaged = best[0].unstaged or best[1][0]
-        best = max(best, other, key=_merit)
+        if other[1][0].may_fit:
+            best = max(best, other, key=_merit)
     return best
 
 
