@@ -57,7 +57,7 @@ from lepton_jax.planner.program.kernels import (
     heads_dim,
     length_dim,
 )
-from lepton_jax.planner.program.staged import attention_spec, in_between, sent
+from lepton_jax.planner.program.staged import attention_spec, in_between, sent, stay
 from lepton_jax.planner.rewrite.stage_moves import (
     MOVES,
     PARTS,
@@ -570,14 +570,22 @@ class Layout:
     def _take_apart(self, op: Operation, spec: Spec) -> Decision:
         """Decide how samples become micro-batches, or these samples again."""
         result = self.spec(op.outputs[0])
+        value = op.inputs[0]
+        assert value is not None
+        whole, parted = (result, spec) if op.name == PARTS_BACK else (spec, result)
+        between = in_between(whole, parted)
+        moves = []
+        if not stay(between, op.params["groups"], self.counts):
+            axes = between[0] | between[1]
+            moves.append(Move("all-to-all", axes, self.bytes(value, spec), "input 0"))
         if op.name == PARTS_BACK:
-            between = in_between(op, result, spec)
-            return Decision({} if between == spec else {0: between}, None, ())
-        between = in_between(op, spec, result)
+            wanted = {} if between == spec else {0: between}
+            return Decision(wanted, None, tuple(moves))
         if between == result:
-            return Decision({}, None, ())
+            return Decision({}, None, tuple(moves))
         size = self.bytes(op.outputs[0], result)
-        return Decision({}, between, (Move("all-gather", between[0], size, "out"),))
+        moves.append(Move("all-gather", between[0], size, "out"))
+        return Decision({}, between, tuple(moves))
 
     def _gather(
         self,

@@ -19,6 +19,7 @@ but not over the devices of the stages.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -125,15 +126,32 @@ def layers_of_stages(graph: Any) -> set[int]:
     }
 
 
-def in_between(op: Any, whole: Spec, parted: Spec) -> Spec:
+def in_between(whole: Spec, parted: Spec) -> Spec:
     """Return the spec of samples by micro-batch as the batch lies.
 
     Args:
-      op: `stage_parts`, or its transpose.
       whole: the spec of (samples, ...).
       parted: that of (micro-batches, samples of one, ...), as it is to lie.
     """
     return (whole[0] & ~parted[1], *parted[1:])
+
+
+def stay(between: Spec, groups: int, counts: Sequence[int]) -> bool:
+    """Whether each device has its own samples in micro-batches, too.
+
+    Devices of an outer mesh axis have runs of the batch: where it divides micro-batches
+    themselves, there must be as many groups of them; else there must be none.
+
+    Args:
+      between: from `in_between`.
+      groups: as in `in_parts`.
+      counts: the number of devices along each mask of mesh axes.
+    """
+    over_parts, over_samples = between[:2]
+    if not over_parts | over_samples:
+        return True
+    is_outer = over_parts and (not over_samples or over_parts < over_samples)
+    return groups == (counts[over_parts] if is_outer else 1)
 
 
 def behind(name: str, stored: tuple[int, tuple[int, ...]]) -> tuple[int, tuple]:
