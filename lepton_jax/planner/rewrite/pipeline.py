@@ -48,9 +48,6 @@ PROJECTION = "stage_projection"
 # calls whose insides are rematerialized
 REMADE = ("checkpoint", "remat2")
 
-# operations that take the parameters of a layer from those of a stage, or cast them
-TAKING = ("gather", "dynamic_slice", "squeeze", "convert_element_type", "transpose")
-
 # operations whose numbers depend on the place in their result
 RANDOM = ("random_bits", "random_split", "rng_bit_generator")
 
@@ -199,6 +196,32 @@ def _differing(
                 yield from _differing(inner, smaller, inside)
 
 
+@jax.tree_util.register_pytree_node_class
+@dataclass(frozen=True)
+class _Row:
+    """A parameter of one layer, still among those of all layers of its stage.
+
+    What is rematerialized takes it inside, so that the backward pass takes it again:
+    kept, it would be there once for each turn.
+    """
+
+    layers: Any
+    number: Any
+
+    def taken(self) -> Any:
+        """Return the parameter."""
+        return jax.lax.dynamic_index_in_dim(self.layers, self.number, keepdims=False)
+
+    def tree_flatten(self) -> tuple[tuple[Any, Any], None]:
+        """Return its arrays."""
+        return (self.layers, self.number), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, arrays: tuple[Any, Any]) -> _Row:
+        """Return it of its arrays."""
+        return cls(*arrays)
+
+
 class _Layer:
     """A layer of a stack, for a micro-batch at one stage."""
 
@@ -206,16 +229,22 @@ class _Layer:
         self.program: ClosedJaxpr = stack.part.params["jaxpr"]
         self.stages = stages
         self.samples = samples
+        self.first = sum(scan_counts(stack.part))
         self.wholes = draws(stack.whole, stack.part).wholes
 
-    def run(self, part: Any, args: list[Any]) -> list[Any]:
+    def run(self, part: Any, args: list[Any], number: Any) -> list[Any]:
         """Return what the layer computes.
 
         Args:
           part: number of the micro-batch.
           args: constants, activations and the layer's parameters.
+          number: of the layer among those of the stage, if the parameters are theirs.
         """
-        return run(self.program, args, partial(self._rule, part))
+        if number is not None:
+            rows = [_Row(x, number) for x in args[self.first :]]
+            args = [*args[: self.first], *rows]
+        results = run(self.program, args, partial(self._rule, part))
+        return [x.taken() if isinstance(x, _Row) else x for x in results]
 
     def _rule(self, part: Any, eqn: Any, env: Env) -> list[Any] | None:
         name = eqn.primitive.name
@@ -231,6 +260,7 @@ class _Layer:
                 prevent_cse=eqn.params["prevent_cse"],
             )
             return list(remade(*operands))
+        operands = [x.taken() if isinstance(x, _Row) else x for x in operands]
         if id(eqn) in self.wholes:
             drawn = bind(self.wholes[id(eqn)], operands)
             shapes = [v.aval.shape for v in eqn.outvars]
@@ -238,7 +268,7 @@ class _Layer:
             return [self._own(x, shape, part) for x, shape in pairs]
         if name == "dot_general" and not eqn.params["dimension_numbers"][1][0]:
             return [checkpoint_name(x, PROJECTION) for x in bind(eqn, operands)]
-        return None
+        return bind(eqn, operands)
 
     def _own(self, drawn: Any, shape: tuple[int, ...], part: Any) -> Any:
         """Return a micro-batch's part of what is drawn for the batch."""
@@ -252,11 +282,6 @@ class _Layer:
             own = own.reshape(shape[dim], *first.shape[1:])
             drawn = jnp.moveaxis(own, 0, dim)
         return drawn
-
-
-def _but_parameters(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Whether a layer keeps a result: not what only takes or casts parameters."""
-    return primitive.name not in TAKING
 
 
 # ---- the pipeline ----
@@ -331,7 +356,7 @@ class Pipeline:
         mapped = self._mapped(consts, moving, self.clock.part(behind))
         rows: Any = layers
         if self.stages.chunks > 1:
-            mapped = self._from_chunk(mapped, layers, self.clock.chunk(behind))
+            mapped = self._of_chunk(mapped, layers, self.clock.chunk(behind))
             rows = jnp.arange(self._rounds)
         activations, results = jax.lax.scan(mapped, activations, rows)
         left = [pick(x, self.stages.count - 1) for x in activations]
@@ -367,10 +392,14 @@ class Pipeline:
         def layer(
             activations: list[Any],
             row: list[Any],
+            number: Any = None,
         ) -> tuple[list[Any], list[Any]]:
-            axes = [*places, *(0 for _ in activations), *(0 for _ in row)]
-            at_a_stage = jax.vmap(self.layer.run, in_axes=(0, axes))
-            results = at_a_stage(part, [*constants, *activations, *row])
+            stage_dim = 0 if number is None else 1
+            axes = [*places, *(0 for _ in activations), *(stage_dim for _ in row)]
+            args = [*constants, *activations, *row]
+            number_axis = None if number is None else 0
+            at_a_stage = jax.vmap(self.layer.run, in_axes=(0, axes, number_axis))
+            results = at_a_stage(part, args, number)
             return results[: self.carried], results[self.carried :]
 
         return layer
@@ -390,20 +419,13 @@ class Pipeline:
         """Layers of a chunk."""
         return self.stack.layers // self.stages.count // self.stages.chunks
 
-    def _from_chunk(self, mapped: Any, layers: list[Any], chunk: Any) -> Any:
-        """Return the layer as a scan over the layers of a chunk takes it.
-
-        Its parameters are taken from all of the stage's in the forward pass, and again
-        in the backward pass: kept, they would be there once for each turn.
-        """
-        take = partial(jax.lax.dynamic_index_in_dim, axis=0, keepdims=False)
+    def _of_chunk(self, mapped: Any, layers: list[Any], chunk: Any) -> Any:
+        """Return the layer as a scan over the layers of a chunk takes it."""
 
         def layer(activations: list[Any], number: Any) -> Any:
-            place_ = chunk * self._rounds + number
-            row = [jax.vmap(take, in_axes=(1, 0))(x, place_) for x in layers]
-            return mapped(activations, row)
+            return mapped(activations, layers, chunk * self._rounds + number)
 
-        return jax.checkpoint(layer, policy=_but_parameters, prevent_cse=False)
+        return layer
 
     def _read(self, results: Any, behind: Any) -> Any:
         """Return results of layers in the place of their chunk, zeros in a bubble."""
