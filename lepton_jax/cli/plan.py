@@ -34,6 +34,7 @@ from lepton_jax.planner.show.frontier import Frontier, frontier
 from lepton_jax.planner.show.html import page
 from lepton_jax.planner.show.rows import units
 from lepton_jax.planner.show.words import duration
+from lepton_jax.planner.xla import flags
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.module import is_linen
 
@@ -53,6 +54,7 @@ REPLAY_HAS = (
     "prove",
     "time_limit",
     "context",
+    "xla",
 )
 MIB = 2**20
 # exit codes of a shell: a mistake of the user's or nothing that fits; Ctrl-C
@@ -292,6 +294,15 @@ def _add_pins(
         help=(
             "how attention meets a sequence that is split over devices: they exchange"
             " parts of it for heads, or keys and values go around (default: the faster)"
+        ),
+    )
+    add(
+        "--xla",
+        type=flags.parsed,
+        metavar="NAME=VALUE,...",
+        help=(
+            "XLA's flags for the compiled step, or none (default: those with which"
+            " collectives run beside products, by backend; XLA_FLAGS wins)"
         ),
     )
     add(
@@ -664,6 +675,7 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
         "stages": options.stages,
         "time_limit": options.time_limit,
         "context": options.context,
+        "flags": options.xla,
     }
     return {name: value for name, value in asked.items() if value is not None}
 

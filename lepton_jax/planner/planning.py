@@ -58,7 +58,7 @@ def plan(
         far is taken, which the plan's notes then say; None: no limit. What takes longer
         than 2 s says on stderr how far it is.
       **forms: forms of the step that are fixed, by the field of `Plan` that has them:
-        context, "all-to-all" or "ring".
+        context, "all-to-all" or "ring"; flags, of XLA's, by name;
         stages, of a pipeline for a stack of equal layers: their number, or (stages,
         micro-batches in flight), or these and the chunks of a stage; 1: no pipeline;
         None: those of a mesh axis called "stage", or the search decides.
@@ -238,6 +238,7 @@ def _plan(
         reasons=_reasons(problem, chosen, ranked),
         notes=tuple(_notes(problem, chosen)),
         bounds=chosen.bounds,
+        flags=problem.flags,
     )
     return build(
         problem.trace,

@@ -39,7 +39,9 @@ SINCE = {
     "stage_parts",
     "stage_chunks",
     "stage_groups",
+    "experts",
     "context",
+    "flags",
 }
 # kinds of bytes that XLA decides
 DECIDED_BY_XLA = ("gradients", "activations", "temporaries")
@@ -182,6 +184,10 @@ class Plan:
       stage_parts: micro-batches that are in flight in the pipeline.
       stage_chunks: runs of layers of each stage.
       stage_groups: runs of samples that have micro-batches of their own.
+      experts: whether each device sorts the tokens that it has by their expert, in
+        mixtures that drop none.
+      flags: XLA's options of the compiled step, by name; those that this XLA does not
+        know are left out.
       context: how attention meets a sequence that is split: "all-to-all": devices
         exchange parts of it for heads, as far as there are heads; "ring": keys and
         values go around; "": it is not split.
@@ -219,7 +225,9 @@ class Plan:
     stage_parts: int = 1
     stage_chunks: int = 1
     stage_groups: int = 1
+    experts: bool = False
     context: str = ""
+    flags: dict[str, Any] = field(default_factory=dict)
 
     # How a plan shows itself, by form: "text" and "html". The package fills them in,
     # since the room `show` knows plans, and a plan knows nothing of pictures.
@@ -275,7 +283,7 @@ class Plan:
     @property
     def forms(self) -> Forms:
         """The forms in which the loss is computed."""
-        return Forms(self.loss_pieces, self.attention, self.pipeline)
+        return Forms(self.loss_pieces, self.attention, self.experts, self.pipeline)
 
     @property
     def pipeline(self) -> Stages:

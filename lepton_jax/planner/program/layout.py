@@ -57,7 +57,9 @@ from lepton_jax.planner.program.kernels import (
     heads_dim,
     length_dim,
 )
+from lepton_jax.planner.program.ruled import Choice, decided
 from lepton_jax.planner.program.staged import attention_spec, in_between, sent, stay
+from lepton_jax.planner.rewrite.own import OWN_OPERATIONS
 from lepton_jax.planner.rewrite.stage_moves import (
     MOVES,
     PARTS,
@@ -280,11 +282,13 @@ class Decision:
         that is not the one in which it lies.
       natural: the spec that the result has by itself; None: the wanted one.
       moves: the collectives that this takes.
+      choice: of an operation with a user's rule: how it is split.
     """
 
     inputs: dict[int, Spec]
     natural: Spec | None
     moves: tuple[Move, ...]
+    choice: Choice | None = None
 
 
 class _Split(NamedTuple):
@@ -440,6 +444,8 @@ class Layout:
             return self._contract(op, product, specs, wanted, moves)
         if op.name in KERNELS:
             return self._attend(op, specs)
+        if op.name in OWN_OPERATIONS:
+            return self._own(op, specs, moves)
         if op.name in (*STAGED_KERNELS, *MOVES):
             return self._between_stages(op, specs)
         return self._whole(op, specs, wanted, moves)
@@ -586,6 +592,23 @@ class Layout:
         size = self.bytes(op.outputs[0], result)
         moves.append(Move("all-gather", between[0], size, "out"))
         return Decision({}, between, tuple(moves))
+
+    def _own(
+        self,
+        op: Operation,
+        specs: dict[int, Spec],
+        moves: list[Move],
+    ) -> Decision:
+        """Decide how an operation with a user's rule is split."""
+        choice = decided(self, op, specs)
+        wanted = {}
+        for number, spec in choice.inputs.items():
+            value = op.inputs[number]
+            assert value is not None
+            if spec != self.spec(value):
+                wanted[number] = spec
+        own_moves = [Move(*move) for move in choice.moves]
+        return Decision(wanted, None, (*moves, *own_moves), choice)
 
     def _gather(
         self,

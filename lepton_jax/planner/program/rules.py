@@ -15,8 +15,11 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 
 from lepton_jax.planner.program.kernels import join_attention
+from lepton_jax.planner.program.ragged import RAGGED, join_ragged
+from lepton_jax.planner.program.ruled import join_own
 from lepton_jax.planner.program.staged import join_staged_attention, join_stages
 from lepton_jax.planner.rewrite.attention import ATTENTION, ATTENTION_GRADIENT
+from lepton_jax.planner.rewrite.own import OWN, OWN_GRADIENT
 from lepton_jax.planner.rewrite.stage_moves import MOVES
 from lepton_jax.planner.rewrite.staged_attention import STAGED_KERNELS
 
@@ -611,6 +614,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(STAGED_KERNELS, join_staged_attention),
     ATTENTION: join_attention,
     ATTENTION_GRADIENT: join_attention,
+    OWN: join_own,
+    RAGGED: join_ragged,
+    OWN_GRADIENT: join_own,
     "argmax": _arg_reduction,
     "argmin": _arg_reduction,
     "broadcast_in_dim": _broadcast_in_dim,

@@ -23,9 +23,12 @@ from lepton_jax.planner import rewrite
 from lepton_jax.planner.patience import Patience
 from lepton_jax.planner.program.graph import Graph
 from lepton_jax.planner.program.keeping import Kept
+from lepton_jax.planner.program.ragged import RAGGED, ragged_flops
 from lepton_jax.planner.program.remat import keepable, rematerialized
+from lepton_jax.planner.program.ruled import own_flops
 from lepton_jax.planner.program.tables import find_tables
 from lepton_jax.planner.rewrite.forms import SAMPLES
+from lepton_jax.planner.rewrite.own import OWN
 from lepton_jax.planner.rewrite.stages import layers_of
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.embeddings import NO_TABLES, Tables, compacted
@@ -556,6 +559,10 @@ def _product_flops(eqn: Any, times: int) -> float:
         arrays = (left, right, eqn.outvars[0])
         shapes = [variable.aval.shape for variable in arrays]
         return times * convolution_flops(eqn.params, *shapes)
+    if name == OWN:
+        return times * own_flops(eqn)
+    if name == RAGGED:
+        return times * ragged_flops(eqn)
     return 0.0
 
 

@@ -41,6 +41,7 @@ class Request:
     stages: Any = None
     time_limit: float | None = LIMIT_SECONDS
     context: str | None = None
+    flags: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Pins:
         split the batch.
       storage: parameter's path to the spec with which it is kept.
       remat, micro_batches, context: None: the search decides.
+      flags: XLA's, as in `Plan`; None: those that are good for the backend.
       stage_axes: mask of the mesh axes over which the stages of a pipeline are divided.
     """
 
@@ -65,6 +67,7 @@ class Pins:
     micro_batches: int | None = None
     stage_axes: int = 0
     context: str | None = None
+    flags: Mapping[str, Any] | None = None
 
     def force(
         self,
@@ -138,6 +141,7 @@ def read(
             remat=request.remat,
             micro_batches=micro_batches,
             context=request.context,
+            flags=request.flags,
         )
 
     _check_mesh(request.mesh, topology, where)
@@ -154,6 +158,7 @@ def read(
         remat=request.remat,
         micro_batches=micro_batches,
         context=request.context,
+        flags=request.flags,
     )
 
 
