@@ -108,7 +108,7 @@ def recipe(
     learning_rate: float | None = None,
     steps: int = 800,
     micro_batches: int | None = None,
-    precision: Literal["float32", "bfloat16", "float16"] | None = None,
+    precision: Literal["float32", "bfloat16", "float16", "fp8", "int8"] | None = None,
     save_every: int | None = None,
     seed: int = 0,
 ) -> lepton.Recipe:
@@ -150,7 +150,8 @@ def recipe(
       micro_batches: parts in which a batch passes through the model; if left out, as
         few as fit into memory.
       precision: dtype that the model computes in; if left out, float32 for 1m and 10m,
-        bfloat16 from 124m on.
+        bfloat16 from 124m on. With fp8 (GPUs) and int8 (TPUs) it is bfloat16, and
+        training multiplies large kernels in 8 bits.
       save_every: steps between checkpoints; each evaluation if left out.
       seed: of the initial parameters and the order of the samples.
     """

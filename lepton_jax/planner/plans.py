@@ -26,7 +26,14 @@ from lepton_jax.trees import by_path
 # what a plan may be best in: time of a step, memory of a device, price of a step
 OBJECTIVES = ("time", "memory", "cost")
 # fields that plans of older versions lack
-SINCE = {"peak_least", "peak_bound", "peak_source", "loss_pieces", "attention"}
+SINCE = {
+    "peak_least",
+    "peak_bound",
+    "peak_source",
+    "loss_pieces",
+    "attention",
+    "products",
+}
 # kinds of bytes that XLA decides
 DECIDED_BY_XLA = ("gradients", "activations", "temporaries")
 # the key in `Plan.reasons` of a plan that is not the very best
@@ -164,6 +171,8 @@ class Plan:
         about; 1: all logits are there at once.
       attention: the kernel that computes attention: "blocks", "splash" (TPUs), or "":
         the model's own operations.
+      products: how large kernels are multiplied: "fp8", "int8", "int8 as float32" where
+        float32 emulates it, ...; "": in the dtype that the model computes in.
     """
 
     topology: str
@@ -194,6 +203,7 @@ class Plan:
     peak_source: str = ""
     loss_pieces: int = 1
     attention: str = ""
+    products: str = ""
 
     # How a plan shows itself, by form: "text" and "html". The package fills them in,
     # since the room `show` knows plans, and a plan knows nothing of pictures.
@@ -249,7 +259,7 @@ class Plan:
     @property
     def forms(self) -> Forms:
         """The forms in which the loss is computed."""
-        return Forms(self.loss_pieces, self.attention)
+        return Forms(self.loss_pieces, self.attention, self.products)
 
     @property
     def step_seconds(self) -> float:

@@ -863,6 +863,7 @@ class Program:
             self.plan.micro_batches,
             around,
         )
+        traced = self.plan.forms.after(traced)
         if self._is_rewritten:
             traced = rewrite.rewritten(traced)
         gradient = laid_out(

@@ -22,6 +22,7 @@ from lepton_jax.hardware import Topology, convolution_flops
 from lepton_jax.planner import rewrite
 from lepton_jax.planner.patience import Patience
 from lepton_jax.planner.program.graph import Graph
+from lepton_jax.planner.program.products import products_on
 from lepton_jax.planner.program.remat import rematerialized
 from lepton_jax.planner.program.tables import find_tables
 from lepton_jax.recipe import Recipe
@@ -104,6 +105,7 @@ class Trace:
                 topology.platform,
                 topology.devices,
                 self.recipe.micro_batches or micro_batches,
+                products_on(self.recipe.precision, topology.device),
             )
         if (rewritten, forms) == (self.rewritten, self.forms):
             return self
@@ -152,6 +154,7 @@ class Trace:
             micro_batches=1,
             around=around,
         )
+        gradient = self.forms.after(gradient)
         if self.rewritten:
             gradient = rewrite.rewritten(gradient)
         knobs = self.controller.forward_knobs(state.controller)

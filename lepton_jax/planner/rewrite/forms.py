@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from lepton_jax.compat import ClosedJaxpr, Jaxpr
-from lepton_jax.planner.rewrite import head, softmax, splash
+from lepton_jax.planner.rewrite import head, narrow, softmax, splash
 from lepton_jax.planner.rewrite.program import opened, parts
 
 # Bytes of logits in float32 that a device may hold at once. Assumption: a hundredth of
@@ -52,13 +52,19 @@ class Forms:
       loss_pieces: pieces of the tokens whose logits are computed one after the other.
       attention: the kernel that computes attention, as in `attention.How`; "": the
         model's own operations.
+      products: how large kernels are multiplied, as in `narrow.narrowed`; "": in the
+        dtype that the model computes in.
     """
 
     loss_pieces: int = 1
     attention: str = ""
+    products: str = ""
 
     def of(self, loss: Callable) -> Callable:
-        """Return a training loss in these forms."""
+        """Return a loss in these forms, but for its products.
+
+        An evaluation multiplies in the dtype that the model computes in.
+        """
         return head.in_pieces(softmax.fused(loss, self.attention), self.loss_pieces)
 
     def around(self, remade: Callable[[Callable], Callable]) -> Callable:
@@ -71,6 +77,10 @@ class Forms:
             return remade
         return partial(_in_turn, self, remade)
 
+    def after(self, gradient: Callable) -> Callable:
+        """Return a gradient whose arrays are each rounded to 8 bits once."""
+        return narrow.merged(gradient) if self.products else gradient
+
 
 def forms_for(
     forward: ClosedJaxpr,
@@ -78,6 +88,7 @@ def forms_for(
     platform: str,
     devices: int,
     micro_batches: int | None,
+    products: str = "",
 ) -> Forms:
     """Choose the forms of a loss.
 
@@ -87,12 +98,13 @@ def forms_for(
       platform: JAX's name of the backend.
       devices: over which it is divided.
       micro_batches: in which the batch is taken; None: the plan decides.
+      products: as in `Forms`.
     """
     pieces = 1
     if logits_bytes(_largest_product(forward.jaxpr), devices) > MOST_LOGITS:
         shape = head.logits_shape(traced())
         pieces = _loss_pieces(shape, devices, micro_batches)
-    return Forms(pieces, _kernel(forward, platform, devices))
+    return Forms(pieces, _kernel(forward, platform, devices), products)
 
 
 def logits_bytes(elements: int, devices: int) -> float:
@@ -104,7 +116,7 @@ def logits_bytes(elements: int, devices: int) -> float:
 
 
 def _in_turn(forms: Forms, remade: Callable, loss: Callable) -> Callable:
-    return remade(forms.of(loss))
+    return remade(forms.of(narrow.narrowed(loss, forms.products)))
 
 
 def _loss_pieces(

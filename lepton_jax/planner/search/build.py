@@ -13,6 +13,7 @@ from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.estimate import feeding
 from lepton_jax.planner.estimate.cost import Estimate
 from lepton_jax.planner.plans import ArrayPlan, Axis, Collective, Plan, Rival
+from lepton_jax.planner.program import products
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.remat import MEANINGS
 from lepton_jax.planner.program.trace import Trace
@@ -75,6 +76,7 @@ def build(
     steps, _ = feeding.steps_per_call(trace, topology)
     reasons = _feeding_reasons(trace, topology, assignment)
     notes = _notes(trace, names, assignment)
+    notes += products.notes(trace.forms.products, topology.device)
     return Plan(
         topology=topology.name,
         objective=verdict.objective,
@@ -109,6 +111,7 @@ def build(
         peak_bound=verdict.bounds.most,
         loss_pieces=trace.forms.loss_pieces,
         attention=trace.forms.attention,
+        products=trace.forms.products,
     )
 
 
@@ -180,6 +183,9 @@ def _feeding_reasons(
     kernel = trace.forms.attention
     if kernel:
         reasons[f"attention {kernel}"] = KERNELS[kernel]
+    if trace.forms.products:
+        decision, why = products.reason(trace.forms.products)
+        reasons[decision] = why
     pieces = trace.forms.loss_pieces
     if pieces > 1:
         reasons[f"loss in {pieces} pieces"] = (
