@@ -21,9 +21,9 @@ MEANINGS = {
         " gradients; one scale an array, from its greatest value over all devices"
     ),
     "int8": (
-        "products of large kernels take whole numbers of 8 bits; a scale for each row"
-        " and column, from its greatest value over all devices; gradients are rounded"
-        " at random"
+        "products of large kernels, and the gradients of what they are multiplied with,"
+        " take whole numbers of 8 bits; a scale for each row and column, from its"
+        " greatest value over all devices; gradients of kernels are in bfloat16"
     ),
 }
 

@@ -1,18 +1,20 @@
 """Products of numbers of 8 bits, forward and backward, with scales of the moment.
 
 `product` computes y = x w as `dot_general` does. Its operands, and in the backward pass
-the gradient, are divided by a scale and rounded to 8 bits first:
+the gradient g, are divided by a scale and rounded to 8 bits first, to the nearest:
 
-    y  = q(x) q(w)
-    dx = q(g) q(w)'
-    dw = q(x)' q(g)
+          y          dx          dw
+    fp8   q(x) q(w)  q(g) q(w)'  q(x)' q(g)
+    int8  q(x) q(w)  q(g) q(w)'  x' g
 
   fp8   q(x) and q(w) are e4m3, q(g) is e5m2; one scale an array (Micikevicius et al.
         2022, "FP8 formats for deep learning", arXiv 2209.05433)
-  int8  whole numbers from -127 to 127; a scale for each row of x and column of w, over
-        what the product sums; q(g) is rounded at random, so that small gradients next
-        to a large one are kept in the mean (Gupta et al. 2015, "Deep learning with
-        limited numerical precision", arXiv 1502.02551)
+  int8  whole numbers from -127 to 127; a scale for each row of x and g, and each column
+        of w, over what the product sums. The gradient of the kernel sums over all
+        tokens: it stays in the model's dtype (Wortsman et al. 2023, "Stable and
+        low-precision training for large-scale vision-language models", SwitchBack,
+        arXiv 2304.13013), for there rounding costs most, and from 133,000 tokens on the
+        sum would not fit into int32
 
 A scale is that of the array at hand ("current scaling"): the greatest absolute value
 over all devices becomes the greatest number of the format. So a step depends on nothing
@@ -22,7 +24,7 @@ pass over each array, and be one more thing to keep, resume and distrust.
     >>> import jax.numpy as jnp
     >>> x = jnp.array([[1.0, 0.3], [100.0, 50.0]])
     >>> w = jnp.array([[1.0], [2.0]])
-    >>> rounded = product(x, w, jnp.uint32(0), How("int8", (((1,), (0,)), ((), ()))))
+    >>> rounded = product(x, w, How("int8", (((1,), (0,)), ((), ()))))
     >>> rounded.round(1).tolist(), (x @ w).tolist()
     ([[1.600...], [201.600...]], [[1.600...], [200.0]])
 """
@@ -49,14 +51,10 @@ GREATEST = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0, "int8": 127.0}
 # Least maximum of an array: below, its inverse scale would exceed float32 for e5m2.
 LEAST = 2.0**-100
 
-# What a product's result is called where rematerialization may keep it.
+# What the results of products are called: rematerialization may keep the first, and all
+# are written at the end of a product, scaled already.
 RESULT = "product of 8 bits"
-
-# Multipliers and shifts of the last step of MurmurHash3, 32 bits (Appleby 2011,
-# github.com/aappleby/smhasher): each bit of a position changes each bit of the result
-# in half of all cases.
-MURMUR = ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1))
-BITS_OF_NOISE = 24  # as many as float32 holds
+GRADIENT = "gradient of a product of 8 bits"
 
 Dims = tuple[tuple[Any, Any], tuple[Any, Any]]
 
@@ -69,11 +67,13 @@ class How(NamedTuple):
       dims: its `dimension_numbers`.
       computed: dtype to which the numbers of 8 bits are cast for a product on devices
         that can't multiply them; "": they are multiplied as they are.
+      kernel: the number of the operand that is a kernel.
     """
 
     kind: str
     dims: Dims
     computed: str = ""
+    kernel: int = 1
 
 
 class Quantized(NamedTuple):
@@ -83,13 +83,12 @@ class Quantized(NamedTuple):
     scale: jax.Array
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def product(left: jax.Array, right: jax.Array, salt: jax.Array, how: How) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(left: jax.Array, right: jax.Array, how: How) -> jax.Array:
     """Return `lax.dot_general(left, right, how.dims)` from numbers of 8 bits.
 
     Args:
       left, right: of one floating-point dtype, which the result has, too.
-      salt: uint32, from which the rounding of int8 gradients is drawn.
       how: the kind of the product.
     """
     return _product(left, right, how.dims, how)
@@ -99,7 +98,6 @@ def quantized(
     x: jax.Array,
     form: Any,
     axes: Sequence[int] | None,
-    salt: Any = None,
 ) -> Quantized:
     """Return an array as numbers of 8 bits.
 
@@ -107,8 +105,10 @@ def quantized(
       x: of any floating-point dtype.
       form: the dtype of the numbers.
       axes: over which a scale is taken; None: all.
-      salt: of rounding at random; None: to the nearest, ties to even.
     """
+    # Where the array is a stored kernel, this is where it is gathered, once for all that
+    # follows. XLA drops the factor.
+    x = x * jnp.ones((), x.dtype)
     axes = tuple(range(x.ndim)) if axes is None else tuple(axes)
     greatest = GREATEST[jnp.dtype(form).name]
     most = jnp.abs(x).max(axes).astype(jnp.float32)
@@ -116,46 +116,29 @@ def quantized(
     factor = lax.broadcast_in_dim(greatest / most, x.shape, _others(x.ndim, axes))
     scaled = x.astype(jnp.float32) * factor
     if form == jnp.int8:
-        drawn = salt is not None
-        scaled = jnp.floor(scaled + noise(x.shape, salt)) if drawn else scaled.round()
+        scaled = scaled.round()
     numbers = jnp.clip(scaled, -greatest, greatest).astype(form)
     return Quantized(numbers, most / greatest)
-
-
-def noise(shape: Sequence[int], salt: Any) -> jax.Array:
-    """Return numbers from 0 to 1, each decided by its position and the salt alone."""
-    bits = jnp.full(shape, salt, jnp.uint32)
-    stride = 1
-    for dim in reversed(range(len(shape))):
-        place = lax.broadcasted_iota(jnp.uint32, shape, dim)
-        bits = bits + place * jnp.uint32(stride % 2**32)
-        stride *= shape[dim]
-    for shift, factor in MURMUR:
-        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    bits = bits >> (32 - BITS_OF_NOISE)
-    return bits.astype(jnp.float32) * 2.0**-BITS_OF_NOISE
 
 
 # ---- internals: the gradient ----
 
 
-def _forward(left: Any, right: Any, salt: Any, how: How) -> Any:
-    return _product(left, right, how.dims, how), (left, right, salt)
+def _forward(left: Any, right: Any, how: How) -> Any:
+    return _product(left, right, how.dims, how), (left, right)
 
 
 def _backward(how: How, kept: Any, cotangent: Any) -> Any:
-    left, right, salt = kept
+    left, right = kept
     (of_left, of_right), (batch_left, batch_right) = how.dims
     swapped = (of_right, of_left), (batch_right, batch_left)
     first = len(batch_left)
-    rows = left.ndim - len(of_left) - first
-    columns = right.ndim - len(of_right) - first
-    free_left = range(first, first + rows)
-    free_right = range(first + rows, first + rows + columns)
+    middle = left.ndim - len(of_left)
+    rows = range(first, middle)
+    columns = range(middle, cotangent.ndim)
     return (
-        _gradient(cotangent, left, right, how.dims, free_right, salt, how),
-        _gradient(cotangent, right, left, swapped, free_left, salt + 1, how),
-        None,
+        _gradient(cotangent, left, right, how.dims, columns, how, how.kernel == 0),
+        _gradient(cotangent, right, left, swapped, rows, how, how.kernel == 1),
     )
 
 
@@ -168,8 +151,8 @@ def _gradient(
     other: Any,
     dims: Dims,
     summed: Sequence[int],
-    salt: Any,
     how: How,
+    is_kernel: bool,
 ) -> jax.Array:
     """Return the gradient by one operand.
 
@@ -179,13 +162,16 @@ def _gradient(
       other: the other one.
       dims: of the product, the operand's own first.
       summed: dims of the cotangent that the other operand has and this has not.
-      salt: of the rounding.
       how: the kind of the product.
+      is_kernel: whether the operand is the kernel.
     """
     (contracted, of_other), (batch, batch_other) = dims
     free_other = _others(other.ndim, of_other, batch_other)
     back = (tuple(summed), free_other), (tuple(range(len(batch))), tuple(batch_other))
-    result = _product(cotangent, other, back, how, salt)
+    if is_kernel and how.kind == "int8":
+        result = lax.dot_general(cotangent, other, back)
+    else:
+        result = _product(cotangent, other, back, how, backward=True)
 
     # its dims: batch, what only this operand has, what was contracted
     ordered = sorted(range(len(of_other)), key=of_other.__getitem__)
@@ -200,15 +186,14 @@ def _product(
     right: Any,
     dims: Dims,
     how: How,
-    salt: Any = None,
+    backward: bool = False,
 ) -> jax.Array:
-    """Return a product of two arrays, the left of which is a gradient if salted."""
+    """Return a product of two arrays; backward, the left one is a gradient."""
     (of_left, of_right), (batch_left, batch_right) = dims
-    forward, backward = FORMATS[how.kind]
-    form = forward if salt is None else backward
+    form, of_gradients = FORMATS[how.kind]
     by_row = how.kind == "int8"
-    a = quantized(left, form, of_left if by_row else None, salt)
-    b = quantized(right, forward, of_right if by_row else None)
+    a = quantized(left, of_gradients if backward else form, of_left if by_row else None)
+    b = quantized(right, form, of_right if by_row else None)
 
     numbers = [a.numbers, b.numbers]
     sums = jnp.int32 if by_row else left.dtype
@@ -225,8 +210,7 @@ def _product(
     result *= _scale(a.scale, left.ndim, of_left, batch_left, result.shape, rows)
     result *= _scale(b.scale, right.ndim, of_right, batch_right, result.shape, columns)
     result = result.astype(left.dtype)
-    is_projection = salt is None and not batch_left
-    return checkpoint_name(result, RESULT) if is_projection else result
+    return checkpoint_name(result, GRADIENT if backward else RESULT)
 
 
 def _scale(

@@ -11,27 +11,25 @@ they are:
   scores           of attention: both operands are activations
 
     >>> import jax, jax.numpy as jnp
-    >>> def loss(params, x, key):
+    >>> def loss(params, x):
     ...     up, down, head = params
     ...     hidden = jnp.tanh(x @ up)
     ...     return ((hidden @ down + x) @ head).sum(), None
     >>> shapes = (64, 128), (128, 64), (64, 100)
     >>> params = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in shapes]
     >>> x = jax.ShapeDtypeStruct((4, 64), "bfloat16")
-    >>> program = jax.make_jaxpr(loss)(params, x, jax.random.key(0))
-    >>> [eqn.invars[1].aval.shape for eqn in find(program, parameters=3)]
+    >>> program = jax.make_jaxpr(loss)(params, x)
+    >>> [eqn.invars[1].aval.shape for eqn, _ in find(program, parameters=3)]
     [(64, 128), (128, 64)]
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal, scan_counts
 from lepton_jax.planner.rewrite.eight_bits import FORMATS, How, product
@@ -81,15 +79,12 @@ ROUNDING = {
 }
 PRODUCTS = {"dot_general", "conv_general_dilated"}
 
-# The place of the key among the arguments of a training loss.
-KEY = 2
-
 
 def narrowed(function: Callable, products: str) -> Callable:
     """Return a training loss whose large kernels are multiplied in 8 bits.
 
     Args:
-      function: of (params, variables, key, ...); the first are parameters.
+      function: of arrays in pytrees, the first of which are parameters.
       products: a kind, perhaps with the dtype that emulates it: "int8", "fp8 as
         float32"; "": the function stays.
     """
@@ -101,27 +96,24 @@ def narrowed(function: Callable, products: str) -> Callable:
         program, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
         program = opened(program)
         count = len(jax.tree.leaves(args[0]))
-        wanted = {id(eqn) for eqn in find(program, count)}
+        wanted = {id(eqn): number for eqn, number in find(program, count)}
         leaves = jax.tree.leaves(args)
-        if wanted:
-            salt = jnp.uint32(0)
-            if kind == "int8":
-                salt = jax.random.bits(args[KEY], (), jnp.uint32)
-            rule = _Rule(wanted, kind, computed, salt)
-            results = run(program, leaves, rule)
-        else:
-            results = run(program, leaves)
+        program = _replaced(program, wanted, kind, computed)
+        results = run(program, leaves)
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return narrow
 
 
-def find(program: ClosedJaxpr, parameters: int) -> list[Any]:
+def find(program: ClosedJaxpr, parameters: int) -> list[tuple[Any, int]]:
     """Return the products that are computed in 8 bits, those in loops too.
 
     Args:
       program: a loss, its named parts opened.
       parameters: its first inputs, which are parameters.
+
+    Returns:
+      Each product's operation, and the number of the operand that is its kernel.
     """
     jaxpr = program.jaxpr
     is_parameter = [n < parameters for n in range(len(jaxpr.invars))]
@@ -155,8 +147,8 @@ def _find(
     jaxpr: Jaxpr,
     is_parameter: list[bool],
     leads_on: list[bool],
-) -> Iterator[Any]:
-    """Iterate over the products of a program and its loops.
+) -> Iterator[tuple[Any, int]]:
+    """Iterate over the products of a program and its loops, see `find`.
 
     Args:
       jaxpr: the program.
@@ -178,10 +170,11 @@ def _find(
             further = [True] * carried
             further += [v in leads for v in eqn.outvars[carried:]]
             yield from _find(body, own, further)
-        elif name == "dot_general" and _is_projection(eqn, known):
+        elif name == "dot_general":
             result = eqn.outvars[0]
-            if result in leads and result not in chosen:
-                yield eqn
+            kernel = _kernel(eqn, known)
+            if kernel is not None and result in leads and result not in chosen:
+                yield eqn, kernel
 
 
 def _uses(jaxpr: Jaxpr, leads_on: list[bool]) -> tuple[set[Any], set[Any]]:
@@ -208,14 +201,14 @@ def _multiplies(eqn: Any) -> bool:
     return any(_multiplies(inner) for part in parts(eqn) for inner in part.eqns)
 
 
-def _is_projection(eqn: Any, known: set[Any]) -> bool:
-    """Whether a product is one of a large kernel with something else."""
+def _kernel(eqn: Any, known: set[Any]) -> int | None:
+    """Return which operand of a product is a large kernel; None: none is, or both."""
     left, right = eqn.invars
     of_parameter = [not isinstance(v, Literal) and v in known for v in (left, right)]
     if sum(of_parameter) != 1:
-        return False
+        return None
     if any(v.aval.dtype.name not in COMPUTED_IN for v in (*eqn.invars, *eqn.outvars)):
-        return False
+        return None
     number = of_parameter.index(True)
     shape = eqn.invars[number].aval.shape
     contracted, batch = (sides[number] for sides in eqn.params["dimension_numbers"])
@@ -226,67 +219,37 @@ def _is_projection(eqn: Any, known: set[Any]) -> bool:
             rows *= extent
         elif dim not in batch:
             columns *= extent
-    return min(rows, columns) >= LEAST_WIDTH
+    return number if min(rows, columns) >= LEAST_WIDTH else None
 
 
 # ---- internals: replacing ----
 
 
-class _Rule:
-    """Replaces products.
+def _replaced(
+    program: ClosedJaxpr,
+    wanted: Mapping[int, int],
+    kind: str,
+    computed: str,
+) -> ClosedJaxpr:
+    """Return a program with some products of 8 bits.
 
     Args:
-      wanted: ids of the equations.
+      program: the program.
+      wanted: id of each product's operation to the operand that is its kernel.
       kind, computed: see `eight_bits.How`.
-      salt: of all products; each adds a number of its own.
     """
 
-    def __init__(self, wanted: set[int], kind: str, computed: str, salt: Any):
-        self.wanted = wanted
-        self.kind = kind
-        self.computed = computed
-        self.salt = salt
-        self.count = 0
-
-    def __call__(self, eqn: Any, env: Env) -> list[Any] | None:
-        """See `program.Rule`."""
-        if eqn.primitive.name == "scan" and self._is_inside(eqn.params["jaxpr"].jaxpr):
-            return self._scan(eqn, operands_of(eqn, env))
-        if id(eqn) not in self.wanted:
+    def rule(eqn: Any, env: Env) -> list[Any] | None:
+        if eqn.primitive.name == "scan":
+            body = _replaced(eqn.params["jaxpr"], wanted, kind, computed)
+            return bind(eqn, operands_of(eqn, env), jaxpr=body)
+        if id(eqn) not in wanted:
             return None
-        self.count += 1
-        # each product draws twice
-        salt = self.salt + jnp.uint32(2 * self.count)
-        how = How(self.kind, eqn.params["dimension_numbers"], self.computed)
-        return [product(*operands_of(eqn, env), salt, how)]
+        dims = eqn.params["dimension_numbers"]
+        how = How(kind, dims, computed, wanted[id(eqn)])
+        return [product(*operands_of(eqn, env), how)]
 
-    def _is_inside(self, jaxpr: Jaxpr) -> bool:
-        for eqn in jaxpr.eqns:
-            if id(eqn) in self.wanted:
-                return True
-            is_loop = eqn.primitive.name == "scan"
-            if is_loop and self._is_inside(eqn.params["jaxpr"].jaxpr):
-                return True
-        return False
-
-    def _scan(self, eqn: Any, operands: list[Any]) -> list[Any]:
-        body = eqn.params["jaxpr"]
-        consts, carried = scan_counts(eqn)
-        first = consts + carried
-
-        def step(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
-            results = run(body, [*operands[:consts], *carry, *slices], self)
-            return results[:carried], results[carried:]
-
-        carry, stacked = lax.scan(
-            step,
-            operands[consts:first],
-            operands[first:],
-            length=eqn.params["length"],
-            reverse=eqn.params["reverse"],
-            unroll=eqn.params["unroll"],
-        )
-        return [*carry, *stacked]
+    return retraced(program, rule)
 
 
 # ---- internals: merging ----
