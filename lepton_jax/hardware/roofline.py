@@ -39,9 +39,9 @@ def matmul_seconds(
 ) -> float:
     """Return the seconds of `batch` products [m, k] x [k, n] -> [m, n] on one device.
 
-    Operands and result have `dtype`; of 8 bits, the result has `LEAST_RESULT`. The dims are padded to the chip's tiles: m and n
-    to `tile` (the shorter of them, if below it, to `SHORT`), k to `tile_depth`.
-    Computing and moving overlap in part, see `OVERLAP`.
+    Operands and result have `dtype`; the result of 8 bits has `LEAST_RESULT` bytes a
+    number. The dims are padded to the chip's tiles: m and n to `tile` (the shorter of
+    them, if below it, to `SHORT`), k to `tile_depth`. Computing and moving overlap in part, see `OVERLAP`.
     """
     if not m * n * k * batch:
         return 0.0
@@ -54,7 +54,9 @@ def matmul_seconds(
     compute = 2.0 * batch * padded / rate
     size = itemsize(dtype)
     written = batch * m * n * max(size, LEAST_RESULT)
-    moved = (batch * (m * k + k * n) * size + written) / (chip.bandwidth * chip.memory_fraction)
+    moved = (batch * (m * k + k * n) * size + written) / (
+        chip.bandwidth * chip.memory_fraction
+    )
     return chip.op_seconds + (compute**OVERLAP + moved**OVERLAP) ** (1 / OVERLAP)
 
 

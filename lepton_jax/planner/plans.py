@@ -19,6 +19,7 @@ from lepton_jax.compat import make_mesh, ordered_effect, source_line
 from lepton_jax.errors import PlanError
 from lepton_jax.planner.program.graph import Graph
 from lepton_jax.planner.program.layout import Layout, meets_stored
+from lepton_jax.planner.program.products import kind_of
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.planner.rewrite import Forms
 from lepton_jax.trees import by_path
@@ -374,6 +375,7 @@ class Plan:
                 remedy="set the recipe's batch_size, or plan anew",
             )
 
+        self._check_products(trace, where)
         planned = {array.path: array.shape for array in self.arrays}
         traced = _shapes(trace.state)
         if self.batch and trace.inputs is not None:
@@ -397,6 +399,18 @@ class Plan:
                 ),
             )
         check_effects(trace, math.prod(self.mesh.values()))
+
+    def _check_products(self, trace: Trace, where: object) -> None:
+        """Check that large kernels are multiplied as the recipe asks."""
+        asked = kind_of(trace.recipe.precision)
+        planned = kind_of(self.products)
+        if asked != planned:
+            raise PlanError(
+                f"the plan is for {planned or 'bfloat16'} products, and the recipe"
+                f" asks for {asked or trace.recipe.precision}",
+                where=where,
+                remedy="set the recipe's precision, or plan anew",
+            )
 
     # ---- on disk ----
 

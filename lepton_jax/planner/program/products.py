@@ -45,6 +45,12 @@ def products_on(precision: str, chip: Chip) -> str:
     return f"{precision}{EMULATED}{EMULATED_IN.get(chip.platform, 'bfloat16')}"
 
 
+def kind_of(words: str) -> str:
+    """Return the kind in a precision or in a plan's products; "": it is none."""
+    kind = words.partition(EMULATED)[0]
+    return kind if kind in KINDS else ""
+
+
 def reason(products: str) -> tuple[str, str]:
     """Return the decision of a plan that has products of 8 bits, and why."""
     kind, emulated, computed = products.partition(EMULATED)

@@ -100,9 +100,7 @@ def forms_for(
     """
     if not _active:
         return Forms(products=products)
-    return choice.forms_for(
-        forward, traced, platform, devices, micro_batches, products
-    )
+    return choice.forms_for(forward, traced, platform, devices, micro_batches, products)
 
 
 def rewritten(function: Callable) -> Callable:

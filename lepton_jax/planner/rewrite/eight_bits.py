@@ -88,7 +88,8 @@ def product(left: jax.Array, right: jax.Array, how: How) -> jax.Array:
     """Return `lax.dot_general(left, right, how.dims)` from numbers of 8 bits.
 
     Args:
-      left, right: of one floating-point dtype, which the result has, too.
+      left: of a floating-point dtype, which the result has, too.
+      right: likewise.
       how: the kind of the product.
     """
     return _product(left, right, how.dims, how)
@@ -106,8 +107,8 @@ def quantized(
       form: the dtype of the numbers.
       axes: over which a scale is taken; None: all.
     """
-    # Where the array is a stored kernel, this is where it is gathered, once for all that
-    # follows. XLA drops the factor.
+    # Where the array is a stored kernel, this is where it is gathered, once for all
+    # that follows. XLA drops the factor.
     x = x * jnp.ones((), x.dtype)
     axes = tuple(range(x.ndim)) if axes is None else tuple(axes)
     greatest = GREATEST[jnp.dtype(form).name]
@@ -195,12 +196,14 @@ def _product(
     a = quantized(left, of_gradients if backward else form, of_left if by_row else None)
     b = quantized(right, form, of_right if by_row else None)
 
-    numbers = [a.numbers, b.numbers]
-    sums = jnp.int32 if by_row else left.dtype
+    numbers_a = a.numbers
+    numbers_b = b.numbers
+    sums: Any = jnp.int32 if by_row else left.dtype
     if how.computed:
-        numbers = [x.astype(how.computed) for x in numbers]
+        numbers_a = numbers_a.astype(how.computed)
+        numbers_b = numbers_b.astype(how.computed)
         sums = jnp.float32
-    result = lax.dot_general(*numbers, dims, preferred_element_type=sums)
+    result = lax.dot_general(numbers_a, numbers_b, dims, preferred_element_type=sums)
 
     batch = tuple(range(len(batch_left)))
     middle = left.ndim - len(of_left)

@@ -236,7 +236,8 @@ def _replaced(
     Args:
       program: the program.
       wanted: id of each product's operation to the operand that is its kernel.
-      kind, computed: see `eight_bits.How`.
+      kind: as in `eight_bits.How`.
+      computed: likewise.
     """
 
     def rule(eqn: Any, env: Env) -> list[Any] | None:
