@@ -41,7 +41,8 @@ def matmul_seconds(
 
     Operands and result have `dtype`; the result of 8 bits has `LEAST_RESULT` bytes a
     number. The dims are padded to the chip's tiles: m and n to `tile` (the shorter of
-    them, if below it, to `SHORT`), k to `tile_depth`. Computing and moving overlap in part, see `OVERLAP`.
+    them, if below it, to `SHORT`), k to `tile_depth`. Computing and moving overlap in
+    part, see `OVERLAP`.
     """
     if not m * n * k * batch:
         return 0.0
