@@ -42,9 +42,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 
-def pytest_configure(config):
-    """Draw the same examples at each run; `-m slow` draws new ones."""
-    chosen = "new" if config.option.markexpr == "slow" else "same"
+def pytest_configure():
+    """Draw the same examples at each run, and new ones where that is asked for."""
+    chosen = "new" if os.environ.get("LEPTON_NEW_EXAMPLES") else "same"
     hypothesis.settings.register_profile("same", derandomize=True)
     hypothesis.settings.register_profile("new")
     hypothesis.settings.load_profile(chosen)

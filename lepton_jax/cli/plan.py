@@ -250,9 +250,12 @@ def _add_pins(
     )
     add(
         "--remat",
-        type=settings.reader(str, choices=tuple(POLICIES)),
+        type=settings.reader(str),
         metavar="|".join(POLICIES),
-        help="rematerialization (default: the mildest that fits)",
+        help=(
+            "rematerialization (default: the mildest that fits), or 'keep' with what is"
+            " kept, as a plan shows it"
+        ),
     )
     if micro_batches:
         add(

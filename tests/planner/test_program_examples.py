@@ -8,7 +8,7 @@ import pytest
 
 @pytest.mark.parametrize(
     "name",
-    ["graph", "interaction", "layout", "ranges", "remat"],
+    ["graph", "interaction", "keeping", "layout", "ranges", "remat"],
 )
 def test_the_example_at_the_head_of_a_file_holds(name):
     module = importlib.import_module(f"lepton_jax.planner.program.{name}")

@@ -2,8 +2,8 @@
 
 `tools.bench planner-bounds FILE ...` reads what `planner-memory --half tuning --json
 FILE` (and `planner-memory --json FILE`) wrote, and prints `limits.SURETY`: for each
-platform, and for plans that split the samples alone or more, how many times the
-uncertain bytes a program holds at the least and at the most.
+platform, and for plans that split the samples alone or more, or whose attention is a
+kernel, how many times the uncertain bytes a program holds at the least and the most.
 
 A program's factor is (XLA's peak - exact bytes -+ slack) / uncertain bytes. The bounds
 are the 3rd and the 97th percentile of these, each widened so that programs of a family
@@ -113,6 +113,8 @@ def grouped(rows: Iterable[Mapping[str, Any]]) -> dict[Group, list[Factors]]:
             continue
         platform = topology(row["topology"]).platform
         kind = "more" if splits_more(row) else "samples"
+        if row.get("attention") in SURETY[platform]:
+            kind = row["attention"]
         slack = SURETY[platform][kind].slack
         held = row["kinds"]
         exact = sum(held.get(name, 0) for name in EXACT)

@@ -32,7 +32,7 @@ from lepton_jax.hardware import Topology, topology
 from lepton_jax.planner import ahead, trace
 from lepton_jax.train.program import Program
 from tools.bench import options as checks
-from tools.bench.families import command, figures, history, measuring, workers
+from tools.bench.families import command, figures, history, long, measuring, workers
 from tools.bench.families.case import Case, shape
 from tools.bench.regret import virtual_devices
 
@@ -223,6 +223,12 @@ def add(
     )
     command.add_options(parser, PROGRAMS)
     parser.add_argument(
+        "--long",
+        action="store_true",
+        help="with --half: language models over long sequences, in place of the"
+        " families",
+    )
+    parser.add_argument(
         "--probe",
         action="store_true",
         help="with --half: predict with the probe of a plan, and with the plan alone",
@@ -283,7 +289,7 @@ def run_half(options: argparse.Namespace) -> dict[str, Any]:
         )
     checks.check_at_least(options, jobs=1)
     checks.check_positive(options, "limit", "minutes")
-    names = command.chosen(options)
+    names = _long(options) if options.long else command.chosen(options)
     settings = measuring.Settings(
         options.probe,
         options.early,
@@ -307,12 +313,25 @@ def run_half(options: argparse.Namespace) -> dict[str, Any]:
     print(figures.text(found))
     if command.judging(options):
         if not options.no_history:
-            history.append(history.MEMORY, found, options.arguments)
+            file = history.LONG if options.long else history.MEMORY
+            history.append(file, found, options.arguments)
         return {"figures": found, "errors": command.unnamed(rows)}
     for key in (figures.family, figures.platform):
         for name, group in figures.by(rows, key).items():
             print(f"{name:14} {figures.text(figures.summary(group))}")
     return {"figures": found, "programs": rows}
+
+
+def _long(options: argparse.Namespace) -> list[tuple[str, int]]:
+    """Return the names of the long programs that are asked for."""
+    checks.check_at_least(options, programs=1)
+    if options.families is not None:
+        raise SettingError(
+            "the long programs are one family",
+            where="--families",
+            remedy="leave it out, or --long",
+        )
+    return long.names(options.half, options.programs)
 
 
 def run_models(options: argparse.Namespace) -> list[dict[str, Any]]:

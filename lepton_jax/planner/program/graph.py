@@ -91,6 +91,9 @@ SCALING = {"name", "mul", "convert_element_type"}
 # Assumption: below, a copy in memory costs less than computing it at each step.
 WORTH_SINKING = 2**16
 
+# Behind a dim that has some of the rows of a parameter's.
+IN_PART = -1
+
 # (number of a parameter, the parameter's dim behind each dim of the value)
 Stored = tuple[int, tuple[int, ...]]
 
@@ -736,6 +739,8 @@ def _spread_stored(region: Region) -> None:
     for operation in region.operations:
         if operation.name in KEEPING:
             _store_outputs(operation)
+        elif operation.name == "slice":
+            _store_part(operation)
         for outer, inner, sliced in _entering(operation):
             if outer is not None and outer.stored is not None:
                 inner.stored = _slice_of(outer.stored) if sliced else outer.stored
@@ -752,6 +757,19 @@ def _store_outputs(operation: Operation) -> None:
         if operation.name == "transpose":
             dims = tuple(dims[d] for d in operation.params["permutation"])
         target.stored = (index, dims)
+
+
+def _store_part(operation: Operation) -> None:
+    """Set `stored` on some layers of a stack: its rows from one number to another."""
+    whole, part = operation.inputs[0], operation.outputs[0]
+    if whole is not None and whole.stored is not None and _are_rows(part, whole):
+        index, dims = whole.stored
+        part.stored = (index, (IN_PART, *dims[1:]))
+
+
+def _are_rows(part: Value, whole: Value) -> bool:
+    """Whether an array differs from another in the extent of its first dim alone."""
+    return len(part.shape) > 1 and part.shape[1:] == whole.shape[1:]
 
 
 def _slice_of(stored: Stored) -> Stored:
@@ -811,6 +829,11 @@ def _store_sources(
             order = operation.params["permutation"]
             dims = tuple(dims[order.index(d)] for d in range(len(order)))
         _store(source, (parameter, dims))
+    elif operation.name == "pad":
+        part = operation.inputs[0]
+        if part is not None and _are_rows(part, target):
+            parameter, dims = target.stored
+            _store(part, (parameter, (IN_PART, *dims[1:])))
     elif operation.name == "add_any":
         for source in operation.inputs:
             if source is not None and source.shape == target.shape:

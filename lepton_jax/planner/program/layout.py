@@ -42,7 +42,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lepton_jax.planner.program.graph import BARRIER, KEEPING, Graph, Operation, Value
+from lepton_jax.planner.program.graph import (
+    BARRIER,
+    IN_PART,
+    KEEPING,
+    Graph,
+    Operation,
+    Value,
+)
 from lepton_jax.planner.program.kernels import (
     BATCH,
     KERNELS,
@@ -59,7 +66,7 @@ Spec = tuple[int, ...]
 AS_STORED = KEEPING | {"add_any", "scan", "while", "cond", BARRIER}
 
 # So do these, where their own result is stored.
-AS_STORED_BETWEEN = {"mul", "div", "select_n", "add", "sub"}
+AS_STORED_BETWEEN = {"mul", "div", "select_n", "add", "sub", "slice", "pad"}
 
 # Bytes of an element whose dtype does not say: a random key's, for instance.
 ITEMSIZE = 4
@@ -345,7 +352,7 @@ class Layout:
             return self.use(value)
         index, dims = value.stored
         stored = self.storage[index]
-        return tuple(stored[dim] for dim in dims)
+        return tuple(0 if dim == IN_PART else stored[dim] for dim in dims)
 
     def result(
         self,

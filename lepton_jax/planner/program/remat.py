@@ -37,14 +37,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lepton_jax.compat import ClosedJaxpr, Literal, at_source, scan_counts
+from lepton_jax.planner.program import keeping
+from lepton_jax.planner.program.keeping import SMALL, is_layer, nbytes
 from lepton_jax.planner.rewrite.attention import ATTENTION
 from lepton_jax.planner.rewrite.eight_bits import RESULT
+from lepton_jax.planner.rewrite.program import opened
 
 
 def _projections(primitive: Any, *avals: Any, **params: Any) -> bool:
@@ -62,6 +67,7 @@ def _projections(primitive: Any, *avals: Any, **params: Any) -> bool:
 
 # What a segment keeps for the backward pass: everything; the results of projections
 # (dots without batch dims); nothing.
+# There is one more for each set of projections, see `keeping`.
 POLICIES: dict[str, Any] = {
     "none": None,
     "dots": _projections,
@@ -73,12 +79,19 @@ MEANINGS = {
     "full": "keeps what enters each layer and computes the layer again",
 }
 
-# Bytes that are not worth a second run. Assumption.
-SMALL = 2**16
 
-# A loop's body is run again if it computes this many times the bytes that it carries.
-# Assumption: a layer does, a cell of a recurrent network does not.
-LAYER_BY_CARRIED = 4
+def place(remat: str) -> int:
+    """Return the place of a policy among all, the simplest first."""
+    order = list(POLICIES)
+    return order.index(remat) if remat in order else len(order)
+
+
+def meaning(remat: str) -> str:
+    """Return what a policy keeps, in words."""
+    if remat in MEANINGS:
+        return MEANINGS[remat]
+    return "keeps those of a layer's results that are dearest to compute again"
+
 
 # Equations before and after a boundary that may not have less alive. Assumption.
 VALLEY = 3
@@ -97,7 +110,7 @@ def rematerialized(function: Callable, policy: str) -> Callable:
     Args:
       function: of arrays in pytrees; what depends on the first argument alone, such as
         cast parameters, is kept.
-      policy: one of `POLICIES`.
+      policy: one of `POLICIES`, or one of `keeping`.
     """
     if policy == "none":
         return function
@@ -105,8 +118,17 @@ def rematerialized(function: Callable, policy: str) -> Callable:
     def forward(*args: Any) -> Any:
         program, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
         parameters = len(jax.tree.leaves(args[0]))
+        if keeping.is_keeping(policy):
+            program = opened(program)
+            kept = keeping.keeping_of(policy)
+            names = keeping.named(program.jaxpr, parameters, kept)
+            segments = Segments(
+                kept.policy(kept.turns), names, kept.turns, kept.policy()
+            )
+        else:
+            segments = Segments(POLICIES[policy])
         leaves = jax.tree.leaves(args)
-        results = _run(program, leaves, parameters, POLICIES[policy])
+        results = segments.run(program, leaves, parameters)
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return forward
@@ -128,13 +150,13 @@ def boundaries(
       Numbers of equations before which it is cut, 0 and their count among them.
     """
     count = len(jaxpr.eqns)
-    fixed = _fixed(jaxpr, parameters)
-    sizes = _bytes_made(jaxpr, fixed)
+    own = keeping.fixed(jaxpr, parameters)
+    sizes = _bytes_made(jaxpr, own)
     total = sum(sizes)
-    if total < SMALL or any(map(_is_worthwhile, jaxpr.eqns)):
+    if total < SMALL or any(map(is_layer, jaxpr.eqns)):
         return [0, count]
 
-    alive = _bytes_alive(jaxpr, fixed)
+    alive = _bytes_alive(jaxpr, own)
     valleys = [place for place in range(1, count) if _is_valley(alive, place)]
     if not valleys:
         return [0, count]
@@ -154,19 +176,26 @@ def boundaries(
     return [*cuts, count]
 
 
+def keepable(program: ClosedJaxpr, parameters: int) -> list[keeping.Kept]:
+    """List the values of a program that a policy may keep one by one.
+
+    Args:
+      program: to be differentiated.
+      parameters: the number of its inputs that are parameters.
+    """
+    jaxpr = opened(program).jaxpr
+    *cuts, last, end = boundaries(jaxpr, parameters)
+    last_use = _last_uses(jaxpr.eqns)
+    there = set()
+    for number, eqn in enumerate(jaxpr.eqns):
+        after = next((cut for cut in (*cuts, last) if cut > number), end)
+        for variable in eqn.outvars:
+            if number >= last or last_use.get(variable, -1) >= after:
+                there.add(variable)
+    return keeping.values(jaxpr, parameters, there)
+
+
 # ---- sizes ----
-
-
-def _fixed(
-    jaxpr: Any,
-    parameters: int,
-) -> set[Any]:
-    """Return the variables that the parameters alone decide: they are there anyway."""
-    fixed = {*jaxpr.invars[:parameters], *jaxpr.constvars}
-    for eqn in jaxpr.eqns:
-        if all(variable in fixed for variable in _variables(eqn.invars)):
-            fixed.update(eqn.outvars)
-    return fixed
 
 
 def _bytes_made(
@@ -177,7 +206,7 @@ def _bytes_made(
     sizes = []
     for eqn in jaxpr.eqns:
         own = [variable for variable in eqn.outvars if variable not in fixed]
-        sizes.append(sum(map(_bytes, own)))
+        sizes.append(sum(map(nbytes, own)))
     return sizes
 
 
@@ -195,8 +224,8 @@ def _bytes_alive(
     for number, eqn in enumerate(jaxpr.eqns):
         for variable in eqn.outvars:
             if variable in last_use and variable not in fixed:
-                change[number + 1] += _bytes(variable)
-                change[last_use[variable] + 1] -= _bytes(variable)
+                change[number + 1] += nbytes(variable)
+                change[last_use[variable] + 1] -= nbytes(variable)
     return list(itertools.accumulate(change))
 
 
@@ -210,200 +239,244 @@ def _is_valley(
     return 0 < alive[place] <= min(near)
 
 
-def _is_worthwhile(eqn: Any) -> bool:
-    """Whether an equation is a loop whose body computes more than it carries.
-
-    Such a body is a layer, not a cell of a recurrent network's state update.
-    """
-    if eqn.primitive.name != "scan" or eqn.params["length"] < 2:
-        return False
-    body = eqn.params["jaxpr"].jaxpr
-    carried = sum(map(_bytes, _variables(body.outvars)))
-    computed = 0
-    for inner in body.eqns:
-        computed += sum(map(_bytes, inner.outvars))
-    return computed > max(SMALL, LAYER_BY_CARRIED * carried)
-
-
-def _bytes(variable: Any) -> int:
-    aval = variable.aval
-    if not hasattr(aval, "size") or not hasattr(aval.dtype, "itemsize"):
-        return 0
-    return aval.size * aval.dtype.itemsize
-
-
 # ---- running a program in segments ----
 
 
-def _run(
-    program: ClosedJaxpr,
-    leaves: list[Any],
-    parameters: int,
-    policy: Any,
-) -> list[Any]:
-    jaxpr = program.jaxpr
-    env = _environment(program, leaves)
-    bounds = boundaries(jaxpr, parameters)
-    last_use = _last_uses(jaxpr.eqns)
-    for variable in _variables(jaxpr.outvars):
-        last_use[variable] = len(jaxpr.eqns)
+@dataclass(frozen=True)
+class Segments:
+    """A program's forward pass in segments.
 
-    *segments, last = itertools.pairwise(bounds)
-    for start, stop in segments:
-        eqns = jaxpr.eqns[start:stop]
-        outvars = {variable for eqn in eqns for variable in eqn.outvars}
-        wanted = {v for v in outvars if last_use.get(v, -1) >= stop}
-        _checkpointed(eqns, env, wanted, policy)
-
-    # the backward pass begins here: what this segment keeps, it frees at once
-    start, stop = last
-    _equations(jaxpr.eqns[start:stop], env, policy)
-    return _read(jaxpr.outvars, env)
-
-
-def _checkpointed(
-    eqns: Sequence[Any],
-    env: dict[Any, Any],
-    wanted: set,
-    policy: Any,
-    prevent_cse: bool = True,
-) -> None:
-    """Run equations under `jax.checkpoint`, those with effects apart.
-
-    The backward pass runs again what is under `jax.checkpoint`: a print would print
-    twice, and JAX refuses other callbacks there. So an equation with effects is run
-    outside. One with results divides the equations; one without, such as a print,
-    does not: its operands are given out, and it runs after the others.
-
-    Args:
-      eqns: the equations.
-      env: variable to its value; filled.
-      wanted: the variables that are needed afterwards.
-      policy: what is kept, as `jax.checkpoint` takes it.
-      prevent_cse: as in `jax.checkpoint`.
+    Attributes:
+      policy: what they keep, as `jax.checkpoint` takes it.
+      names: names of the variables that a policy keeps one by one.
+      turns: first turns of a loop that keep more, see `keeping`.
+      more: what they keep.
     """
-    dividing = [i for i, eqn in enumerate(eqns) if eqn.effects and eqn.outvars]
-    start = 0
-    for stop in dividing:
-        later = wanted | _operands(eqns[stop:]).keys()
-        _piece(eqns[start:stop], env, later, policy, prevent_cse)
-        _equations([eqns[stop]], env, None)
-        start = stop + 1
-    _piece(eqns[start:], env, wanted, policy, prevent_cse)
 
+    policy: Any
+    names: dict[Any, str] = field(default_factory=dict)
+    turns: int = 0
+    more: Any = None
 
-def _piece(
-    eqns: Sequence[Any],
-    env: dict[Any, Any],
-    wanted: set,
-    policy: Any,
-    prevent_cse: bool,
-) -> None:
-    """Run equations under `jax.checkpoint`, then those that only have effects."""
-    pure = [eqn for eqn in eqns if not eqn.effects]
-    effectful = [eqn for eqn in eqns if eqn.effects]
-    outvars = dict.fromkeys(variable for eqn in pure for variable in eqn.outvars)
-    needs = [variable for variable in _operands(pure) if variable not in outvars]
-    wanted = wanted | _operands(effectful).keys()
-    gives = [variable for variable in outvars if variable in wanted]
+    def run(
+        self,
+        program: ClosedJaxpr,
+        leaves: list[Any],
+        parameters: int,
+    ) -> list[Any]:
+        """Run a program."""
+        jaxpr = program.jaxpr
+        env = _environment(program, leaves)
+        bounds = boundaries(jaxpr, parameters)
+        last_use = _last_uses(jaxpr.eqns)
+        for variable in _variables(jaxpr.outvars):
+            last_use[variable] = len(jaxpr.eqns)
 
-    def segment(*values: Any) -> list[Any]:
-        inside = dict(zip(needs, values, strict=True))
-        _equations(pure, inside, None)
-        return [inside[v] for v in gives]
+        *segments, last = itertools.pairwise(bounds)
+        for start, stop in segments:
+            eqns = jaxpr.eqns[start:stop]
+            outvars = {variable for eqn in eqns for variable in eqn.outvars}
+            wanted = {v for v in outvars if last_use.get(v, -1) >= stop}
+            self._checkpointed(eqns, env, wanted)
 
-    if gives:
-        run = jax.checkpoint(
-            segment,
-            policy=policy,
-            prevent_cse=prevent_cse,
+        # the backward pass begins here: what this segment keeps, it frees at once
+        start, stop = last
+        self._equations(jaxpr.eqns[start:stop], env, loops=True)
+        return _read(jaxpr.outvars, env)
+
+    def _checkpointed(
+        self,
+        eqns: Sequence[Any],
+        env: dict[Any, Any],
+        wanted: set,
+        prevent_cse: bool = True,
+    ) -> None:
+        """Run equations under `jax.checkpoint`, those with effects apart.
+
+        The backward pass runs again what is under `jax.checkpoint`: a print would print
+        twice, and JAX refuses other callbacks there. So an equation with effects is run
+        outside. One with results divides the equations; one without, such as a print,
+        does not: its operands are given out, and it runs after the others.
+
+        Args:
+          eqns: the equations.
+          env: variable to its value; filled.
+          wanted: the variables that are needed afterwards.
+          prevent_cse: as in `jax.checkpoint`.
+        """
+        dividing = [i for i, eqn in enumerate(eqns) if eqn.effects and eqn.outvars]
+        start = 0
+        for stop in dividing:
+            later = wanted | _operands(eqns[stop:]).keys()
+            self._piece(eqns[start:stop], env, later, prevent_cse)
+            self._equations([eqns[stop]], env)
+            start = stop + 1
+        self._piece(eqns[start:], env, wanted, prevent_cse)
+
+    def _piece(
+        self,
+        eqns: Sequence[Any],
+        env: dict[Any, Any],
+        wanted: set,
+        prevent_cse: bool,
+    ) -> None:
+        """Run equations under `jax.checkpoint`, then those that only have effects."""
+        pure = [eqn for eqn in eqns if not eqn.effects]
+        effectful = [eqn for eqn in eqns if eqn.effects]
+        outvars = dict.fromkeys(variable for eqn in pure for variable in eqn.outvars)
+        needs = [variable for variable in _operands(pure) if variable not in outvars]
+        wanted = wanted | _operands(effectful).keys()
+        gives = [variable for variable in outvars if variable in wanted]
+
+        def segment(*values: Any) -> list[Any]:
+            inside = dict(zip(needs, values, strict=True))
+            self._equations(pure, inside)
+            return [inside[v] for v in gives]
+
+        if gives:
+            run = jax.checkpoint(
+                segment,
+                policy=self.policy,
+                prevent_cse=prevent_cse,
+            )
+            results = run(*(env[v] for v in needs))
+            env.update(zip(gives, results, strict=True))
+        self._equations(effectful, env)
+
+    def _equations(
+        self,
+        eqns: Iterable[Any],
+        env: dict[Any, Any],
+        loops: bool = False,
+    ) -> None:
+        """Run equations in an environment, which their results are added to.
+
+        Args:
+          eqns: the equations.
+          env: variable to its value.
+          loops: whether the bodies of layers' loops are under `jax.checkpoint`.
+        """
+        for eqn in eqns:
+            operands = _read(eqn.invars, env)
+            with at_source(eqn, ()):
+                if loops and is_layer(eqn):
+                    results = self._scan(eqn, operands)
+                else:
+                    params = eqn.primitive.get_bind_params(eqn.params)
+                    results = eqn.primitive.bind(*operands, **params)
+            if not eqn.primitive.multiple_results:
+                results = [results]
+            results = keeping.with_name(results, eqn, self.names)
+            env.update(zip(eqn.outvars, results, strict=True))
+
+    def _scan(
+        self,
+        eqn: Any,
+        operands: list[Any],
+    ) -> list[Any]:
+        """Run a loop with its body under `jax.checkpoint`, or both parts of it."""
+        consts, carried = scan_counts(eqn)
+        constants = operands[:consts]
+        carry = operands[consts : consts + carried]
+        slices = operands[consts + carried :]
+        length = eqn.params["length"]
+        if not self._is_in_two(eqn):
+            is_short = 0 < length <= self.turns
+            policy = self.more if is_short else self.policy
+            body = self._body(eqn, constants, policy)
+            carry, stacked = _looped(eqn, body, carry, slices, 0, length)
+            return [*carry, *stacked]
+
+        body = self._body(eqn, constants, self.more)
+        carry, head = _looped(eqn, body, carry, slices, 0, self.turns)
+        body = self._body(eqn, constants, self.policy)
+        carry, tail = _looped(eqn, body, carry, slices, self.turns, length)
+        stacked = [jnp.concatenate(both) for both in zip(head, tail, strict=True)]
+        return [*carry, *stacked]
+
+    def _is_in_two(self, eqn: Any) -> bool:
+        """Whether the first turns of a loop keep more than the others."""
+        is_short = self.turns >= eqn.params["length"]
+        return bool(self.turns) and not is_short and not eqn.params["reverse"]
+
+    def _body(
+        self,
+        eqn: Any,
+        constants: list[Any],
+        policy: Any,
+    ) -> Callable:
+        """Return a loop's body under `jax.checkpoint`."""
+        program = eqn.params["jaxpr"]
+        _, carried = scan_counts(eqn)
+        if program.effects:
+            run: Callable = partial(self._with_effects_apart, program)
+        else:
+            # a loop's body can't be merged with another's: CSE need not be prevented
+            run = jax.checkpoint(
+                self._plain(program),
+                policy=policy,
+                prevent_cse=False,
+            )
+
+        def body(
+            carry: list[Any],
+            slices: list[Any],
+        ) -> tuple[list[Any], list[Any]]:
+            results = run(*constants, *carry, *slices)
+            return results[:carried], results[carried:]
+
+        return body
+
+    def _plain(self, program: ClosedJaxpr) -> Callable:
+        """Return a loop's body as a function, with names."""
+        if not self.names:
+            return partial(jax.core.eval_jaxpr, program.jaxpr, program.consts)
+
+        def run(*args: Any) -> list[Any]:
+            env = _environment(program, args)
+            self._equations(program.jaxpr.eqns, env)
+            return _read(program.jaxpr.outvars, env)
+
+        return run
+
+    def _with_effects_apart(
+        self,
+        program: ClosedJaxpr,
+        *args: Any,
+    ) -> list[Any]:
+        """Run a loop's body under `jax.checkpoint`, but for what has effects."""
+        jaxpr = program.jaxpr
+        env = _environment(program, args)
+        wanted = set(_variables(jaxpr.outvars))
+        self._checkpointed(
+            jaxpr.eqns,
+            env,
+            wanted,
+            prevent_cse=False,
         )
-        results = run(*(env[v] for v in needs))
-        env.update(zip(gives, results, strict=True))
-    _equations(effectful, env, None)
+        return _read(jaxpr.outvars, env)
 
 
-def _equations(
-    eqns: Iterable[Any],
-    env: dict[Any, Any],
-    policy: Any,
-) -> None:
-    """Run equations in an environment, which their results are added to.
-
-    Args:
-      eqns: the equations.
-      env: variable to its value.
-      policy: for the bodies of loops; None: they run as they are.
-    """
-    for eqn in eqns:
-        operands = _read(eqn.invars, env)
-        with at_source(eqn, ()):
-            if policy is not None and _is_worthwhile(eqn):
-                results = _scan(eqn, operands, policy)
-            else:
-                params = eqn.primitive.get_bind_params(eqn.params)
-                results = eqn.primitive.bind(*operands, **params)
-        if not eqn.primitive.multiple_results:
-            results = [results]
-        env.update(zip(eqn.outvars, results, strict=True))
-
-
-def _scan(
+def _looped(
     eqn: Any,
-    operands: list[Any],
-    policy: Any,
-) -> list[Any]:
-    """Run a loop with its body under `jax.checkpoint`."""
-    program = eqn.params["jaxpr"]
-    if program.effects:
-        run: Callable = partial(_with_effects_apart, program, policy)
-    else:
-        # a loop's body can't be merged with another's, so CSE need not be prevented
-        plain = partial(
-            jax.core.eval_jaxpr,
-            program.jaxpr,
-            program.consts,
-        )
-        run = jax.checkpoint(plain, policy=policy, prevent_cse=False)
-
-    consts, carried = scan_counts(eqn)
-    constants = operands[:consts]
-
-    def body(
-        carry: list[Any],
-        slices: list[Any],
-    ) -> tuple[list[Any], list[Any]]:
-        results = run(*constants, *carry, *slices)
-        return results[:carried], results[carried:]
-
-    carry, stacked = jax.lax.scan(
+    body: Callable,
+    carry: list[Any],
+    slices: list[Any],
+    start: int,
+    stop: int,
+) -> tuple[list[Any], list[Any]]:
+    """Run some turns of a loop."""
+    length = eqn.params["length"]
+    if stop - start < length:
+        slices = [array[start:stop] for array in slices]
+    return jax.lax.scan(
         body,
-        operands[consts : consts + carried],
-        operands[consts + carried :],
-        length=eqn.params["length"],
+        carry,
+        slices,
+        length=stop - start,
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
     )
-    return [*carry, *stacked]
-
-
-def _with_effects_apart(
-    program: ClosedJaxpr,
-    policy: Any,
-    *args: Any,
-) -> list[Any]:
-    """Run a loop's body under `jax.checkpoint`, but for what has effects."""
-    jaxpr = program.jaxpr
-    env = _environment(program, args)
-    wanted = set(_variables(jaxpr.outvars))
-    _checkpointed(
-        jaxpr.eqns,
-        env,
-        wanted,
-        policy,
-        prevent_cse=False,
-    )
-    return _read(jaxpr.outvars, env)
 
 
 # ---- variables ----

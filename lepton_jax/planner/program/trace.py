@@ -22,8 +22,9 @@ from lepton_jax.hardware import Topology, convolution_flops
 from lepton_jax.planner import rewrite
 from lepton_jax.planner.patience import Patience
 from lepton_jax.planner.program.graph import Graph
+from lepton_jax.planner.program.keeping import Kept
 from lepton_jax.planner.program.products import products_on
-from lepton_jax.planner.program.remat import rematerialized
+from lepton_jax.planner.program.remat import keepable, rematerialized
 from lepton_jax.planner.program.tables import find_tables
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.embeddings import NO_TABLES, Tables, compacted
@@ -115,7 +116,7 @@ class Trace:
         """Return the graph of one batch's gradients, weighted sums and variables.
 
         Args:
-          remat: a rematerialization policy, one of `remat.POLICIES`.
+          remat: a rematerialization policy, one of `remat.POLICIES` or of `keeping`.
 
         Returns:
           The graph, whose inputs are called as in `arguments`.
@@ -125,11 +126,16 @@ class Trace:
             self._gradients[form] = self._trace_gradient(remat)
         return self._gradients[form]
 
-    def _traced_loss(self) -> ClosedJaxpr:
+    def keepable(self) -> list[Kept]:
+        """List what rematerialization may keep of the loss, value by value."""
+        program = self._traced_loss(self.forms)
+        return keepable(program, len(jax.tree.leaves(self.state.params)))
+
+    def _traced_loss(self, forms: rewrite.Forms = PLAIN) -> ClosedJaxpr:
         """Return the training loss of a batch, and all that is measured of it."""
         state = self.state
         loss = whole_loss(self.recipe, self.functional, micro_batches=1)
-        return jax.make_jaxpr(loss)(
+        return jax.make_jaxpr(forms.of(loss))(
             state.params,
             state.variables,
             self.key,

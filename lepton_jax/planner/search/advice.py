@@ -16,7 +16,7 @@ from lepton_jax.errors import PlanError
 from lepton_jax.planner.assignment import Assignment, axis_names, strategy
 from lepton_jax.planner.estimate.feeding import size
 from lepton_jax.planner.patience import Patience
-from lepton_jax.planner.program.remat import POLICIES
+from lepton_jax.planner.program.remat import place
 from lepton_jax.planner.program.trace import trace as traced
 from lepton_jax.planner.search.descent import search
 from lepton_jax.planner.search.finalists import fewest, powers
@@ -81,12 +81,10 @@ def leanest(candidates: Sequence[Candidate]) -> Candidate:
     least = min(c.peak for c in candidates)
     bound = least * (1 + LITTLE)
     lean = [c for c in candidates if c.peak <= bound]
-    policies = list(POLICIES)
 
     def simplicity(candidate: Candidate) -> tuple[int, int, int]:
         assignment = candidate.assignment
-        policy = policies.index(assignment.remat)
-        return assignment.micro_batches, policy, candidate.peak
+        return assignment.micro_batches, place(assignment.remat), candidate.peak
 
     return min(lean, key=simplicity)
 

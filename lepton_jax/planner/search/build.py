@@ -15,7 +15,7 @@ from lepton_jax.planner.estimate.cost import Estimate
 from lepton_jax.planner.plans import ArrayPlan, Axis, Collective, Plan, Rival
 from lepton_jax.planner.program import products
 from lepton_jax.planner.program.named import Names
-from lepton_jax.planner.program.remat import MEANINGS
+from lepton_jax.planner.program.remat import meaning
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.planner.search.bounds import NOT_KNOWN, Bounds
 from lepton_jax.planner.search.limits import CAUSES
@@ -174,7 +174,7 @@ def _feeding_reasons(
     reasons = {
         f"data {data}": why_data,
         f"{steps} step{'s' if steps > 1 else ''} per call": why_steps,
-        f"remat {assignment.remat}": MEANINGS[assignment.remat],
+        f"remat {assignment.remat}": meaning(assignment.remat),
     }
     if assignment.micro_batches > 1 and feeding.slow_loops(trace, topology):
         reasons["micro-batches unrolled"] = (

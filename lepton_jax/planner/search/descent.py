@@ -67,6 +67,7 @@ from lepton_jax.planner.search.finalists import (
     merged,
     order,
 )
+from lepton_jax.planner.search.finer import finer
 from lepton_jax.planner.search.limits import (
     ALIKE,
     ALIKE_SECONDS,
@@ -109,7 +110,7 @@ def search(problem: Problem) -> list[Candidate]:
     """Return the candidates, best first: those that fit before those that don't."""
     if problem.topology.devices == 1:
         alone = nothing_split((1,), problem.names("none"))
-        return order(problem, finish(problem, alone))
+        return _refined(problem, finish(problem, alone))
 
     ranked = _ranked(problem, _explored(problem))
     candidates = _finished(problem, ranked[:FINALISTS])
@@ -118,7 +119,7 @@ def search(problem: Problem) -> list[Candidate]:
         whole = in_one_piece(problem, assignments)
         if whole is not None:
             candidates.append(whole)
-    return order(problem, candidates)
+    return _refined(problem, candidates)
 
 
 def _explored(problem: Problem) -> list[Scored]:
@@ -199,6 +200,20 @@ def _finished(
             key = problem.untranslated(candidate.assignment)
             finished[key] = candidate
     return list(finished.values())
+
+
+def _refined(
+    problem: Problem,
+    candidates: Iterable[Candidate],
+) -> list[Candidate]:
+    """Return the candidates in their order, with one that keeps as much as fits."""
+    ranked = order(problem, candidates)
+    if ranked and not problem.patience.over():
+        problem.patience.detail = "looking what else may be kept"
+        more = finer(problem, ranked)
+        if more is not None:
+            return order(problem, [*ranked, more])
+    return ranked
 
 
 def _only_in_parts(candidates: Iterable[Candidate]) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from lepton_jax.planner.assignment import Assignment
-from lepton_jax.planner.program.remat import POLICIES
+from lepton_jax.planner.program.remat import POLICIES, place
 from lepton_jax.planner.search.limits import (
     ALIKE,
     ALIKE_SECONDS,
@@ -184,7 +184,7 @@ def complexity(problem: Problem, assignment: Assignment) -> tuple:
     split_groups = [mask for mask in assignment.masks if mask]
     return (
         assignment.micro_batches,
-        list(POLICIES).index(assignment.remat),
+        place(assignment.remat),
         len(not_batch),
         len(axes),
         len(split_groups),

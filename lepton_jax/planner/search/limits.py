@@ -32,11 +32,14 @@ MIB = 2.0**20
 # with relative positions and one with two tables, 1.7 and 1.9), and 98 % do if their
 # family is left out. Of its 46 CPU programs all but one (tensor-parallel, 3.5) hold at
 # most 1.44 times as much. For GPUs and for TPUs that split more (of 6 programs one
-# holds 2.7 times as much) there are too few: assumption, a little more.
+# holds 2.7 times as much) there are too few: assumption, a little more. "splash":
+# programs with that attention, from `planner-memory --half tuning --long --early
+# --programs 60`: 97 % hold 0.68 to 1.23 times as much, however they are split.
 SURETY = {
     "tpu": {
         "samples": Surety(0.6, 1.4, 64 * MIB),
         "more": Surety(0.5, 1.6, 64 * MIB),
+        "splash": Surety(0.65, 1.25, 64 * MIB),
     },
     "cpu": {
         "samples": Surety(0.85, 1.25, 4 * MIB),
@@ -128,3 +131,16 @@ DOUBLINGS = 8
 GUESSES = 4
 # Assignments of the failed search that are tried on a smaller batch. Assumption.
 SOLID = 4
+
+# ---- rematerialization value by value ----
+
+# Layouts for which it is looked at: the first ones. Assumption.
+FINER_LAYOUTS = 3
+# Times as many micro-batches as those of the best plan without it. Assumption.
+FINER_PARTS = 4
+# What it has to gain of a step's time; it makes a plan harder to read. Assumption.
+FINER_GAIN = 0.01
+# Where it proves to be too large, it is tried again in this share of the room, and how
+# often. Assumption.
+FINER_ROOM = 0.85
+FINER_TRIES = 3

@@ -17,6 +17,7 @@ from lepton_jax.errors import PlanError, nearest
 from lepton_jax.hardware import Topology
 from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.patience import LIMIT_SECONDS
+from lepton_jax.planner.program import keeping
 from lepton_jax.planner.program.graph import Value
 from lepton_jax.planner.program.layout import Spec
 from lepton_jax.planner.program.named import Names
@@ -91,7 +92,7 @@ def read(
         multiply up or don't divide.
     """
     where = f"plan for {topology.name}"
-    _check_remat(request.remat, where)
+    _check_remat(request.remat, trace, where)
     micro_batches = request.micro_batches
     if micro_batches is None:
         micro_batches = trace.recipe.micro_batches
@@ -126,13 +127,31 @@ def read(
 # ---- checks of single settings ----
 
 
-def _check_remat(remat: str | None, where: str) -> None:
-    if remat is not None and remat not in POLICIES:
+def _check_remat(remat: str | None, trace: Trace, where: str) -> None:
+    if remat is None or remat in POLICIES:
+        return
+    if not isinstance(remat, str) or not keeping.is_keeping(remat):
         raise PlanError(
             f"remat {remat!r} is not known{nearest(str(remat), POLICIES)}",
             where=where,
-            remedy=f"use one of {', '.join(POLICIES)}",
+            remedy=f"use one of {', '.join(POLICIES)}, or 'keep' and what is kept, such"
+            " as 'keep attention,0-2', as a plan shows it",
         )
+    known = [value.key for value in trace.keepable()]
+    missing = [key for key in keeping.keeping_of(remat).keys if key not in known]
+    if missing:
+        raise PlanError(
+            f"remat {remat!r} keeps {_written(missing[0])}, which the model has not",
+            where=where,
+            remedy=f"keep some of {', '.join(map(_written, known))}"
+            if known
+            else f"use one of {', '.join(POLICIES)}: the model has no products",
+        )
+
+
+def _written(key: keeping.Key) -> str:
+    """Return what a policy keeps, in words."""
+    return f"product {key}" if isinstance(key, int) else key
 
 
 def _check_micro_batches(

@@ -235,7 +235,9 @@ class Problem:
 
     def _bounds(self, held: dict[str, int], assignment: Assignment) -> Bounds:
         names = self.names(assignment.remat)
-        return bounds(held, surety_of(self.topology.platform, names, assignment))
+        platform = self.topology.platform
+        attention = self.trace.forms.attention
+        return bounds(held, surety_of(platform, names, assignment, attention))
 
     # ---- what an assignment is worth ----
 

@@ -27,6 +27,7 @@ class Case:
       most: the greatest sensible batch; None: any.
       ids: integers among inputs and targets may be 0 to ids - 1, where they must have
         values.
+      on: topologies to draw from; empty: the usual ones.
     """
 
     model: Callable[..., Any]
@@ -40,6 +41,7 @@ class Case:
     clip_norm: float | None = None
     most: int | None = None
     ids: int = 2
+    on: tuple[str, ...] = ()
 
     def recipe(
         self,

@@ -14,6 +14,7 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parents[3] / "benchmarks"
 MEMORY = FOLDER / "judged-memory.jsonl"
+LONG = FOLDER / "judged-memory-long.jsonl"
 TIME = FOLDER / "judged-time.jsonl"
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 

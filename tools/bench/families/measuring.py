@@ -152,6 +152,7 @@ def measure(
     row["batch_axes"] = list(plan.batch_axes)
     row["remat"] = plan.remat
     row["micro_batches"] = plan.micro_batches
+    row["attention"] = plan.attention
     row["memory"] = plan.memory
     row["kinds"] = dict(plan.bytes_per_device)
     row |= account(

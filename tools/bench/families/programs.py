@@ -99,6 +99,8 @@ def draw(family: str, number: int) -> Drawn:
     random = Draw(f"memory/{family}/{number}")
     topology = random.choice(random.choice((TPUS, CPUS)))
     case = load(family)(random)
+    if case.on:
+        topology = random.choice(case.on)
     filled = random.between(LEAST_FILLED, MOST_FILLED)
     where = lepton.topology(topology)
     room = filled * where.device.memory * where.devices
