@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import jax
 import numpy as np
 import optax
 
@@ -255,23 +254,8 @@ def _optimizer(name: str) -> Any:
             where="--optimizer",
             remedy=f"use one of {', '.join(known)}",
         )
-    muon = partial(
-        optax.contrib.muon,
-        weight_decay=0.1,
-        consistent_rms=0.2,
-        muon_weight_dimension_numbers=_matrices,
-    )
+    muon = partial(optimizers.muon, weight_decay=0.1, consistent_rms=0.2)
     return optimizers.by_part({"blocks/*/kernel": muon}, default=adamw)
-
-
-def _matrices(kernels: Any) -> Any:
-    """Return which dims of each kernel are a matrix: the last two."""
-
-    def dims(kernel: Any) -> Any:
-        own = (kernel.ndim - 2, kernel.ndim - 1)
-        return optax.contrib.MuonDimensionNumbers(*own)
-
-    return jax.tree.map(dims, kernels)
 
 
 def _settled(usual: Usual, **given: Any) -> Usual:

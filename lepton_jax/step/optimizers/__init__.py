@@ -3,6 +3,7 @@
 from lepton_jax.step.optimizers.core import build, updating
 from lepton_jax.step.optimizers.evaluation import evaluated
 from lepton_jax.step.optimizers.optimizer import SCHEDULED, Optimizer, unchanged
+from lepton_jax.step.optimizers.orthogonal import divided_over, muon, stacks
 from lepton_jax.step.optimizers.parts import (
     by_part,
     check_parts,
@@ -24,12 +25,15 @@ __all__ = [
     "build",
     "by_part",
     "check_parts",
+    "divided_over",
     "evaluated",
     "marked",
+    "muon",
     "parts_of",
     "rowwise",
     "rowwise_adagrad",
     "sparse_adam",
+    "stacks",
     "switchable",
     "unchanged",
     "updating",
