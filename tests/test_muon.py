@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+from functools import partial
 
 import jax
 import numpy as np
@@ -10,6 +11,10 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import lepton_jax as lepton
+from lepton_jax.planner.estimate.cost import Cost
+from lepton_jax.planner.program import named
+from lepton_jax.planner.search import build
 from lepton_jax.step import optimizers
 from lepton_jax.step.optimizers import orthogonal
 
@@ -83,3 +88,35 @@ def test_each_device_orthogonalizes_matrices_of_its_own():
         strict=True,
     ):
         np.testing.assert_allclose(mine, known, rtol=1e-4, atol=1e-5)
+
+
+def test_a_plan_prices_the_matrices_and_their_exchange(monkeypatch):
+    monkeypatch.setattr(named, "SMALL", 0)  # small arrays are split, too
+    tokens = jax.ShapeDtypeStruct((16, 32), "int32")
+    muon = partial(optimizers.muon, consistent_rms=0.2)
+
+    def planned(own):
+        recipe = lepton.Recipe(
+            model=partial(
+                lepton.models.TransformerLM, vocab=64, dim=64, layers=2, heads=2
+            ),
+            loss=lepton.losses.cross_entropy,
+            optimizer=own,
+            learning_rate=0.01,
+            batch_size=16,
+        )
+        trace = lepton.trace(recipe, tokens, tokens)
+        topology = lepton.topology("v5e:2x2")
+        assignment = build.by_hand(trace.on(topology), (4,), {"batch": 1}, 1)
+        names = named.Names(trace.on(topology).gradient("none"), trace.arguments)
+        return Cost(trace.on(topology), names, topology).estimate(assignment, True)
+
+    plain = planned(optax.adamw)
+    ours = planned(optimizers.by_part({"blocks/*/kernel": muon}, default=optax.adamw))
+
+    # 8 of (64, 64), and 6 of (64, 192), on four devices: 2 of each
+    square, wide = 2 * 64**3, 2 * 64 * 64 * 192
+    flops = 5 * 2 * (3 * square + 2 * wide + square)
+    assert ours.flops - plain.flops == flops
+    assert any(kind == "all-to-all" for kind, _ in ours.moves)
+    assert not any(kind == "all-to-all" for kind, _ in plain.moves)

@@ -25,7 +25,6 @@ hidden. So the model says nothing of it.
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -271,6 +270,6 @@ def _scaling(optimizer: Any, factors: Mapping[str, float]) -> Callable:
     def make(learning_rate: Any, *args: Any, **settings: Any) -> Any:
         return optax.chain(optimizer(learning_rate, *args, **settings), scale)
 
-    # policies find knobs, such as weight_decay, by the signature
-    make.__signature__ = inspect.signature(optimizer)  # type: ignore[attr-defined]
+    # what looks for knobs, such as weight_decay, or for Muon, finds the optimizer
+    make.__wrapped__ = optimizer  # type: ignore[attr-defined]
     return make

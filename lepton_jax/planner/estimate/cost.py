@@ -48,6 +48,9 @@ from lepton_jax.planner.estimate.attention import attention_seconds
 from lepton_jax.planner.estimate.equal import repeated
 from lepton_jax.planner.estimate.jobs import Job, Jobs, sum_shares
 from lepton_jax.planner.estimate.motion import Motion, moved_value
+from lepton_jax.planner.estimate.orthogonal import Work as OrthogonalWork
+from lepton_jax.planner.estimate.orthogonal import stack_moves
+from lepton_jax.planner.estimate.orthogonal import work as orthogonal_work
 from lepton_jax.planner.estimate.reads import moved_before
 from lepton_jax.planner.estimate.rows import row_moves
 from lepton_jax.planner.estimate.sizes import Sizes
@@ -173,6 +176,7 @@ class Cost:
             self._kernels = cpu.kernel_seconds(self.graph)
         self._optimizer = optimizer_bytes(trace, names)
         self._trace = trace
+        self._orthogonals: dict[int, OrthogonalWork] = {}
         self._memo: dict[tuple, Work] = {}
         self._mesh: tuple[int, ...] = ()
         self._links: list[Link] = []
@@ -217,11 +221,21 @@ class Cost:
                 if causes:
                     _note(ledger, move, job)
 
-        rows = row_moves(self._trace, layout.storage, layout.counts)
+        rows = list(row_moves(self._trace, layout.storage, layout.counts))
         for number, moved in enumerate(rows, len(self.jobs)):
             shown[number, moved.kind, moved.axes, 1] += moved.bytes
             if causes:
                 _enter(ledger, moved.kind, moved.axes, 1, moved.bytes, moved.path)
+
+        exchanges = stack_moves(self._trace, layout.storage, layout.counts)
+        number = len(self.jobs) + len(rows)
+        for place, stack in enumerate(exchanges, number):
+            shown[place, stack.kind, stack.axes, stack.runs] += stack.bytes
+            if causes:
+                moved_bytes = stack.bytes * stack.runs
+                _enter(ledger, stack.kind, stack.axes, stack.runs, moved_bytes, "Muon")
+        orthogonal = self._orthogonal(layout)
+        flops += orthogonal.flops
 
         # Collectives read and write the memory, besides sending.
         sent = [*shown.items(), *hidden.items()]
@@ -234,7 +248,7 @@ class Cost:
             "matmul": compute,
             "memory": memory,
             "communication": waiting,
-            "optimizer": self._update(layout),
+            "optimizer": self._update(layout) + orthogonal.seconds,
         }
         return Estimate(seconds, flops, ledger)
 
@@ -345,6 +359,15 @@ class Cost:
         if self.topology.platform == "cpu":
             rate *= cpu.IN_PLACE
         return moved / rate
+
+    def _orthogonal(self, layout: Layout) -> OrthogonalWork:
+        """Return the products of Muon on one device."""
+        devices = layout.counts[-1]
+        if devices not in self._orthogonals:
+            self._orthogonals[devices] = orthogonal_work(
+                self._trace, self.chip, devices
+            )
+        return self._orthogonals[devices]
 
     # ---- one job ----
 

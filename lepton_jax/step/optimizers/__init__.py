@@ -3,7 +3,13 @@
 from lepton_jax.step.optimizers.core import build, updating
 from lepton_jax.step.optimizers.evaluation import evaluated
 from lepton_jax.step.optimizers.optimizer import SCHEDULED, Optimizer, unchanged
-from lepton_jax.step.optimizers.orthogonal import divided_over, muon, stacks
+from lepton_jax.step.optimizers.orthogonal import (
+    STEPS,
+    divided_over,
+    kernels_of,
+    muon,
+    stacks,
+)
 from lepton_jax.step.optimizers.parts import (
     by_part,
     check_parts,
@@ -20,6 +26,7 @@ from lepton_jax.step.optimizers.switching import Switchable, switchable
 
 __all__ = [
     "SCHEDULED",
+    "STEPS",
     "Optimizer",
     "Switchable",
     "build",
@@ -27,6 +34,7 @@ __all__ = [
     "check_parts",
     "divided_over",
     "evaluated",
+    "kernels_of",
     "marked",
     "muon",
     "parts_of",

@@ -28,6 +28,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lepton_jax.trees import by_path, matches
+
 # Coefficients of the iteration, of `optax.contrib.muon`: they are Jordan's.
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 STEPS = 5
@@ -41,12 +43,12 @@ class Stack(NamedTuple):
     """Matrices of one shape, that are orthogonalized together.
 
     Attributes:
-      count: of the matrices.
+      matrices: their number.
       rows: of each; the fewer of its two dims.
       columns: of each.
     """
 
-    count: int
+    matrices: int
     rows: int
     columns: int
 
@@ -101,7 +103,7 @@ def stacks(kernels: Any) -> list[Stack]:
 
     >>> shapes = [(32, 64, 256), (32, 256, 64), (64, 64)]
     >>> stacks([jax.ShapeDtypeStruct(shape, "float32") for shape in shapes])
-    [Stack(count=64, rows=64, columns=256), Stack(count=1, rows=64, columns=64)]
+    [Stack(matrices=64, rows=64, columns=256), Stack(matrices=1, rows=64, columns=64)]
     """
     counts: dict[tuple[int, int], int] = defaultdict(int)
     for kernel in jax.tree.leaves(kernels):
@@ -109,6 +111,26 @@ def stacks(kernels: Any) -> list[Stack]:
         shape = min(first, second), max(first, second)
         counts[shape] += math.prod(layers)
     return [Stack(count, *shape) for shape, count in counts.items()]
+
+
+def kernels_of(optimizer: Any, params: Any) -> dict[str, Any]:
+    """Return the parameters whose updates `muon` makes, by path.
+
+    Args:
+      optimizer: as in `Recipe.optimizer`.
+      params: arrays or shapes.
+    """
+    leaves = by_path(params)
+    parts = getattr(optimizer, "parts", None)
+    if parts is None:
+        return leaves if _is_muon(optimizer) else {}
+    own = {}
+    for path, leaf in leaves.items():
+        fitting = (x for x in parts if x.pattern is None or matches(path, x.pattern))
+        part = next(fitting, None)
+        if part is not None and _is_muon(part.given):
+            own[path] = leaf
+    return own
 
 
 def orthogonalized(updates: Any) -> Any:
@@ -130,6 +152,18 @@ def orthogonalized(updates: Any) -> Any:
 
 
 # ---- internals ----
+
+
+def _is_muon(optimizer: Any) -> bool:
+    """Whether an optimizer is `muon`, perhaps with settings, or wrapped."""
+    while optimizer is not muon:
+        inner = getattr(optimizer, "func", None) or getattr(
+            optimizer, "__wrapped__", None
+        )
+        if inner is None:
+            return False
+        optimizer = inner
+    return True
 
 
 def _stateless(change: Any) -> optax.GradientTransformation:
