@@ -4,7 +4,7 @@
 
 It is the 1m model of `recipes/lm.py`, on a CPU, which emulates products of 8 bits with
 the rounding that other devices have. A second seed of bfloat16 says how far two runs
-are apart that differ in nothing else.
+are apart that differ in nothing else. Runs that the file has already are left out.
 """
 
 from __future__ import annotations
@@ -42,14 +42,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file for the losses")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    if options.out is not None and options.out.exists():
+        rows = json.loads(options.out.read_text())["rows"]
+    done = {(row["precision"], row["seed"]) for row in rows}
     for precision, seed in RUNS:
+        if (precision, seed) in done:
+            continue
         row = trained(precision, seed, options.steps)
         row["over_bfloat16"] = round(row["loss"] / (rows or [row])[0]["loss"] - 1, 4)
         rows.append(row)
         print(row, flush=True)
-    if options.out is not None:
-        record = {"model": "recipes/lm.py, 1m", "steps": options.steps, "rows": rows}
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        if options.out is not None:
+            record = {"model": "recipes/lm.py, 1m", "steps": options.steps}
+            options.out.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
