@@ -248,6 +248,7 @@ class Trainer:
         pins: dict[str, Any] | None = None,
         remat: str | None = None,
         micro_batches: int | None = None,
+        context: str | None = None,
     ) -> Plan:
         """Return the plan for a topology, which need not be there.
 
@@ -260,8 +261,11 @@ class Trainer:
           objective: "time", "memory" or "cost": what is to be least.
           mesh: mesh axis name to size; None: the search decides.
           pins: pattern of parameter paths to the PartitionSpec to use.
-          remat: "none", "dots" or "full"; None: the mildest that fits.
+          remat: "none", "dots", "full" or "keep ...", as a plan shows it; None: the
+            mildest that fits.
           micro_batches: parts of a batch; None: the recipe's, or the fewest that fit.
+          context: "all-to-all" or "ring": how attention meets a sequence that is split;
+            None: the faster.
 
         Raises:
           PlanError: no such topology, nothing fits, or a pin is impossible.
@@ -288,6 +292,7 @@ class Trainer:
             pins=pins,
             remat=remat,
             micro_batches=micro_batches,
+            context=context,
         )
 
     def fit(

@@ -28,7 +28,7 @@ from lepton_jax.hardware import Topology, here, read_chips, topology
 from lepton_jax.launch.joining import ask_for_devices
 from lepton_jax.planner import Plan, Trace, plan, trace
 from lepton_jax.planner.patience import LIMIT_SECONDS
-from lepton_jax.planner.plans import OBJECTIVES
+from lepton_jax.planner.plans import CONTEXTS, OBJECTIVES
 from lepton_jax.planner.program.remat import POLICIES
 from lepton_jax.planner.show.frontier import Frontier, frontier
 from lepton_jax.planner.show.html import page
@@ -265,6 +265,15 @@ def _add_pins(
             help="parts in which a batch passes through the model",
         )
     add(
+        "--context",
+        type=settings.reader(str, choices=CONTEXTS),
+        metavar="|".join(CONTEXTS),
+        help=(
+            "how attention meets a sequence that is split over devices: they exchange"
+            " parts of it for heads, or keys and values go around (default: the faster)"
+        ),
+    )
+    add(
         "--time-limit",
         type=settings.reader(float),
         metavar="SECONDS",
@@ -484,7 +493,8 @@ def _check_replay(options: argparse.Namespace) -> None:
     """Find options that can't change a plan that is replayed."""
     if options.replay is None:
         return
-    for name in ("mesh", "pin", "remat", "micro_batches", "prove", "time_limit"):
+    fixed = ("mesh", "pin", "remat", "micro_batches", "prove", "time_limit", "context")
+    for name in fixed:
         if getattr(options, name, None) is not None:
             flag = f"--{name.replace('_', '-')}"
             raise SettingError(
@@ -621,6 +631,7 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
         "remat": options.remat,
         "micro_batches": getattr(options, "micro_batches", None),
         "time_limit": options.time_limit,
+        "context": options.context,
     }
     return {name: value for name, value in asked.items() if value is not None}
 

@@ -42,6 +42,7 @@ COLLECTIVES = (
     "all-reduce",
     "all-to-all",
     "collective-permute",
+    "permutation",
 )
 
 
@@ -100,14 +101,16 @@ class Link:
           collective: one of `COLLECTIVES`.
           payload: bytes on each device of the whole buffer: gathered (all-gather), to
             be reduced (reduce-scatter, all-reduce), exchanged (all-to-all, what a
-            device holds of it) or passed on (collective-permute).
+            device holds of it) or passed on, to the next device (collective-permute) or
+            to any (permutation: as many bytes cross the middle as of an all-to-all).
         """
         n = self.size
         if n == 1:
             return 0.0
         if collective == "collective-permute":
             return self.hop + payload / self.shift
-        rate = self.exchange if collective == "all-to-all" else self.bandwidth
+        is_far = collective in ("all-to-all", "permutation")
+        rate = self.exchange if is_far else self.bandwidth
         flow = payload * (n - 1) / n / rate
         once = self.latency + flow
         if self.ramp:

@@ -14,8 +14,14 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lepton_jax.compat import at_source, scan_counts
+from lepton_jax.planner.program import around
 from lepton_jax.planner.program.graph import BARRIER, Graph, Operation, Region, Value
-from lepton_jax.planner.program.kernels import BATCH, HEADS, KERNELS, split
+from lepton_jax.planner.program.kernels import (
+    BATCH,
+    HEADS,
+    KERNELS,
+    LENGTH,
+)
 from lepton_jax.planner.program.layout import (
     Contraction,
     Decision,
@@ -24,6 +30,8 @@ from lepton_jax.planner.program.layout import (
     contraction,
 )
 from lepton_jax.planner.program.rules import ELEMENTWISE, SOURCES
+from lepton_jax.planner.rewrite import ring
+from lepton_jax.planner.rewrite.ring import Ring
 from lepton_jax.step.training_loss import argument_paths
 
 # Primitives whose results XLA's own propagation never gets wrong: they need no
@@ -201,7 +209,9 @@ class _Interpreter:
             else:
                 # Without the first constraint XLA would carry the second one back into
                 # the operation that makes the operand.
-                moved[number] = self._put(self._put(x, lies), spec)
+                for place in (lies, *_between(lies, spec), spec):
+                    x = self._put(x, place)
+                moved[number] = x
         return moved
 
     def _constrain_results(
@@ -274,19 +284,30 @@ class _Interpreter:
         operands: list[Any],
         decision: Decision,
     ) -> list[Any]:
-        """Run a kernel on each device's samples and heads; XLA can't divide it."""
+        """Run a kernel on each device's samples, heads and, in a ring, tokens.
+
+        XLA can't divide it.
+        """
         specs = []
         for number, value in enumerate(op.inputs):
             assert value is not None
             specs.append(decision.inputs.get(number, self.layout.spec(value)))
         samples = specs[0][BATCH]
         heads = specs[0][HEADS]
+        length = specs[0][LENGTH]
         results = []
         for value in op.outputs:
-            spec = split(value.shape, samples, heads)
+            spec = around.goal(value.shape, samples, heads, length)
             results.append(partition(spec, self.mesh.axis_names))
+        run = partial(_bind, op.eqn)
+        if length:
+            devices = Ring(
+                _axes(length, self.mesh.axis_names),
+                self.layout.counts[length],
+            )
+            run = partial(ring.run, op.name, op.params["how"], devices)
         return jax.shard_map(
-            lambda *local: _bind(op.eqn, list(local)),
+            lambda *local: run(list(local)),
             mesh=self.mesh,
             in_specs=tuple(partition(s, self.mesh.axis_names) for s in specs),
             out_specs=results,
@@ -450,6 +471,30 @@ class _Interpreter:
             branches,
             *operands[1:],
         )
+
+
+def _between(lies: Spec, wanted: Spec) -> list[Spec]:
+    """Return specs on the way, where several mesh axes move from dim to dim.
+
+    Each step moves one, outermost first: an all-to-all. XLA (libtpu 0.0.42, the
+    gradient of an embedding whose tokens are split by sample and by position) gathers
+    the whole array where two move at once.
+
+    >>> _between((0b01, 0b10, 0), (0, 0, 0b11))
+    [(0, 2, 1)]
+    """
+    steps = []
+    spec = list(lies)
+    moving = [d for d, mask in enumerate(lies) if mask & ~wanted[d]]
+    for axis in range(max((*lies, *wanted), default=0).bit_length()):
+        bit = 1 << axis
+        sources = [d for d in moving if spec[d] & bit & ~wanted[d]]
+        goals = [d for d, mask in enumerate(wanted) if mask & bit & ~spec[d]]
+        if len(sources) == len(goals) == 1:
+            spec[sources[0]] &= ~bit
+            spec[goals[0]] |= bit
+            steps.append(tuple(spec))
+    return steps[:-1]
 
 
 def _axes(

@@ -36,6 +36,8 @@ class Assignment:
       masks: for each group of `Names`, the mesh axes that split it.
       keep: mesh axes over which the state is split in addition (ZeRO-3, FSDP).
       remat, micro_batches: as in Plan.
+      ring: whether attention over a split sequence goes around a ring, also where heads
+        can be exchanged.
     """
 
     sizes: tuple[int, ...]
@@ -43,6 +45,7 @@ class Assignment:
     keep: int
     remat: str = "none"
     micro_batches: int = 1
+    ring: bool = False
 
     @property
     def counts(self) -> list[int]:

@@ -19,7 +19,7 @@ from lepton_jax.planner.patience import LIMIT_SECONDS, Patience
 from lepton_jax.planner.plans import OBJECTIVES, SIMPLEST, Plan, Rival, check_effects
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.trace import Trace
-from lepton_jax.planner.search import advice, limits
+from lepton_jax.planner.search import advice, lengths, limits
 from lepton_jax.planner.search import pins as pinning
 from lepton_jax.planner.search.build import Verdict, build, without_data
 from lepton_jax.planner.search.descent import search
@@ -37,6 +37,7 @@ def plan(
     remat: str | None = None,
     micro_batches: int | None = None,
     time_limit: float | None = LIMIT_SECONDS,
+    **forms: str | None,
 ) -> Plan:
     """Search for the best way to lay a traced recipe out on a topology.
 
@@ -50,11 +51,14 @@ def plan(
       mesh: mesh axis name to size, outermost first; None: the search decides.
       pins: pattern of parameter paths ("**/embedding") to the PartitionSpec with which
         they are kept, over axes of `mesh`.
-      remat: "none", "dots" or "full"; None: the mildest that fits.
+      remat: "none", "dots", "full" or "keep ...", as a plan shows it; None: the mildest
+        that fits.
       micro_batches: parts of a batch; None: the recipe's, or the fewest that fit.
       time_limit: seconds of computing after which the search stops and the best plan so
         far is taken, which the plan's notes then say; None: no limit. What takes longer
         than 2 s says on stderr how far it is.
+      **forms: forms of the step that are fixed, by the field of `Plan` that has them:
+        context, "all-to-all" or "ring".
 
     Raises:
       PlanError: nothing fits (the message says what fills the memory and what would
@@ -70,6 +74,7 @@ def plan(
         remat=remat,
         micro_batches=micro_batches,
         time_limit=time_limit,
+        **forms,
     )[0]
 
 
@@ -265,6 +270,7 @@ def _reasons(
         SIMPLEST: _why_not_the_fastest(problem, chosen, ranked),
         "memory": _why_not_plain(problem, chosen),
         "in one piece": _why_in_one_piece(problem, chosen, ranked),
+        **lengths.reasons(problem, chosen, duration),
     }
     return {decision: why for decision, why in reasons.items() if why}
 

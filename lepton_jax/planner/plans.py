@@ -26,6 +26,8 @@ from lepton_jax.trees import by_path
 
 # what a plan may be best in: time of a step, memory of a device, price of a step
 OBJECTIVES = ("time", "memory", "cost")
+# how attention meets a sequence that is split over devices
+CONTEXTS = ("all-to-all", "ring")
 # fields that plans of older versions lack
 SINCE = {
     "peak_least",
@@ -34,6 +36,7 @@ SINCE = {
     "loss_pieces",
     "attention",
     "products",
+    "context",
 }
 # kinds of bytes that XLA decides
 DECIDED_BY_XLA = ("gradients", "activations", "temporaries")
@@ -150,7 +153,7 @@ class Plan:
       axes: the named axes that were found, largest first.
       batch_size, micro_batches: samples a step, and parts in which they pass through
         the model.
-      remat: rematerialization: "none", "dots" or "full".
+      remat: rematerialization: "none", "dots", "full", or what is kept (`keeping`).
       unroll_micro_batches: micro-batches as straight code instead of a loop.
       steps_per_call: steps that one XLA call runs.
       data: "resident": the training data lies on each device, and a batch is gathered
@@ -174,6 +177,9 @@ class Plan:
         the model's own operations.
       products: how large kernels are multiplied: "fp8", "int8", "int8 as float32" where
         float32 emulates it, ...; "": in the dtype that the model computes in.
+      context: how attention meets a sequence that is split: "all-to-all": devices
+        exchange parts of it for heads, as far as there are heads; "ring": keys and
+        values go around; "": it is not split.
     """
 
     topology: str
@@ -205,6 +211,7 @@ class Plan:
     loss_pieces: int = 1
     attention: str = ""
     products: str = ""
+    context: str = ""
 
     # How a plan shows itself, by form: "text" and "html". The package fills them in,
     # since the room `show` knows plans, and a plan knows nothing of pictures.
@@ -346,6 +353,7 @@ class Plan:
             uses,
             storage,
             meets_stored(graph),
+            ring=self.context == "ring",
         )
 
     def check(

@@ -42,6 +42,8 @@ class CollectiveFound:
       windowed: whether a permute bears a matmul's name: most likely a piece of an
         all-gather or reduce-scatter that XLA overlaps with it, a shard at a time (on
         TPU n or n + 1 shards in all, where a ring of n needs n - 1).
+      name: of the instruction, and `computation` of what holds it.
+      channel: XLA's number of it, which its parts share.
     """
 
     kind: str
@@ -54,6 +56,9 @@ class CollectiveFound:
     exact: bool = True
     sliced: bool = False
     windowed: bool = False
+    name: str = ""
+    computation: str = ""
+    channel: str = ""
 
     @property
     def sent(self) -> float:

@@ -16,6 +16,7 @@ from lepton_jax.planner.estimate.motion import Motion, moved_value
 from lepton_jax.planner.estimate.orthogonal import stack_moves
 from lepton_jax.planner.estimate.reads import Reads, moved_before
 from lepton_jax.planner.estimate.rows import row_moves
+from lepton_jax.planner.program.around import PASSED_ON, PERMUTATION
 from lepton_jax.planner.program.graph import Operation, Value
 from lepton_jax.planner.program.layout import (
     Layout,
@@ -66,13 +67,15 @@ def expected(
     collectives = []
     for op, value, move in _moves(layout, graph.lasting, platform):
         axes = _names(move.axes, plan)
-        kind = move.kind
+        kind = PASSED_ON if move.kind == PERMUTATION else move.kind
         if where is not None:
             devices = math.prod(plan.mesh[axis] for axis in axes)
             kind = as_compiled(kind, devices, where)
         buffer = move.bytes * _scale(value, kind, platform, shares)
         buffer *= motion.sent_share(op, value, move.kind)
         count = motion.runs(op, value, move.kind, plan.micro_batches)
+        count *= move.steps
+        buffer /= move.steps
         sent = ring(kind, axes, buffer, plan.mesh) * count
         collectives.append(
             Expected(
@@ -161,6 +164,8 @@ def ring(
       size: bytes of the buffer (cf. `CollectiveFound.sent`).
       mesh: sizes of the mesh's axes.
     """
+    if kind == PASSED_ON:
+        return size
     devices = math.prod(mesh[axis] for axis in axes)
     passes = 2 if kind == "all-reduce" else 1
     return passes * size * (devices - 1) / devices

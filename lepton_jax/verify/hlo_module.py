@@ -76,10 +76,10 @@ class Module:
         """Return the FLOPs of matmuls and convolutions in one run of a computation."""
         if name not in self._flops:
             instructions = self.computations[name].instructions.values()
-            self._flops[name] = sum(self._flops_of(name, i) for i in instructions)
+            self._flops[name] = sum(self.flops_of(name, i) for i in instructions)
         return self._flops[name]
 
-    def _flops_of(
+    def flops_of(
         self,
         name: str,
         instruction: Instruction,
@@ -179,6 +179,9 @@ class Module:
             line=line,
             sliced=sliced,
             windowed=permutes and op_name.endswith(PRODUCTS),
+            name=instruction.name,
+            computation=name,
+            channel=instruction.get("channel_id"),
         )
 
     def _buffer_bytes(

@@ -194,7 +194,8 @@ def test_windows_and_segments_are_found():
         faster = softmax.fused(function, "blocks")
         given = (query, key, value, segments)
 
-        assert found.how("blocks") == (True, pytest.approx(8**-0.5), "blocks", 3)
+        how = found.how("blocks")
+        assert how == attention.How(True, pytest.approx(8**-0.5), "blocks", behind=3)
         assert found.segments is not None
         assert_close([function(*given)], [faster(*given)])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from lepton_jax.hardware import Chip
 from lepton_jax.planner.program.graph import Operation
@@ -10,10 +12,11 @@ from lepton_jax.planner.program.kernels import (
     HEADS,
     LENGTH,
     WIDTH,
-    attention_flops,
+    kernel_flops,
     seen_share,
 )
-from lepton_jax.planner.rewrite.attention import ATTENTION
+from lepton_jax.planner.rewrite import ring
+from lepton_jax.planner.rewrite.attention import ATTENTION, How
 
 # Share of a chip's rate of products that the kernel of JAX for TPUs reaches.
 # Assumption: MaxText states 60 to 70 % for whole steps on v5p, of which attention is
@@ -31,9 +34,51 @@ SCORE_BYTES = 4
 def attention_seconds(op: Operation, chip: Chip) -> float:
     """Return the seconds of attention over all samples and heads on one device."""
     query, key = (value.shape for value in op.inputs[:2] if value is not None)
-    how = op.params["how"]
+    return _seconds(op, query, key, op.params["how"], chip)
+
+
+def ring_seconds(op: Operation, devices: int, chip: Chip) -> float:
+    """Return the seconds of a device's products in a ring, over all samples and heads.
+
+    Args:
+      op: attention or its gradient.
+      devices: of the ring.
+      chip: the device.
+    """
+    return sum(
+        count * _seconds(op, query, key, how, chip)
+        for query, key, how, count in _products(op, devices)
+    )
+
+
+def ring_flops(op: Operation, devices: int) -> float:
+    """Return the FLOP of a device's products in a ring, see `ring_seconds`."""
+    return sum(
+        count * kernel_flops(op.name, query, key, how)
+        for query, key, how, count in _products(op, devices)
+    )
+
+
+def _products(op: Operation, devices: int) -> Iterator[tuple[Any, Any, How, int]]:
+    """Iterate over a device's products: shapes of query and key, kind, number."""
+    query, key = (value.shape for value in op.inputs[:2] if value is not None)
+    local = query[LENGTH] // devices
+    for how, length, count in ring.work(op.params["how"], local, devices):
+        own = (*query[:LENGTH], length, *query[LENGTH + 1 :])
+        others = (*key[:LENGTH], length, *key[LENGTH + 1 :])
+        yield own, others, how, count
+
+
+def _seconds(
+    op: Operation,
+    query: Sequence[int],
+    key: Sequence[int],
+    how: How,
+    chip: Chip,
+) -> float:
+    """Return the seconds of an operation on arrays of some shapes."""
     dtype = op.outputs[0].dtype
-    flops = attention_flops(op)
+    flops = kernel_flops(op.name, query, key, how)
     rate = chip.peak(dtype) * chip.matmul_fraction
     if how.kernel.startswith("splash"):
         # a product's depth, or its columns, are those of a head

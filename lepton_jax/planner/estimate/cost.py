@@ -44,7 +44,11 @@ from lepton_jax.hardware import (
 )
 from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.estimate import cpu
-from lepton_jax.planner.estimate.attention import attention_seconds
+from lepton_jax.planner.estimate.attention import (
+    attention_seconds,
+    ring_flops,
+    ring_seconds,
+)
 from lepton_jax.planner.estimate.equal import repeated
 from lepton_jax.planner.estimate.jobs import Job, Jobs, sum_shares
 from lepton_jax.planner.estimate.motion import Motion, moved_value
@@ -55,11 +59,12 @@ from lepton_jax.planner.estimate.reads import moved_before
 from lepton_jax.planner.estimate.rows import row_moves
 from lepton_jax.planner.estimate.sizes import Sizes
 from lepton_jax.planner.estimate.traffic import traffic
+from lepton_jax.planner.program.around import PASSED_ON
 from lepton_jax.planner.program.graph import (
     Operation,
     Value,
 )
-from lepton_jax.planner.program.kernels import KERNELS, attention_flops
+from lepton_jax.planner.program.kernels import KERNELS, LENGTH, attention_flops
 from lepton_jax.planner.program.layout import (
     Contraction,
     Decision,
@@ -90,6 +95,7 @@ class Collective(NamedTuple):
       bytes: bytes of the buffer on a device.
       hidden: whether it runs while the device computes, and joins others of its loop.
       runs: how often a step runs it for one operation.
+      beside: seconds of the operation's own products that run beside each of them.
     """
 
     kind: str
@@ -97,6 +103,7 @@ class Collective(NamedTuple):
     bytes: float
     hidden: bool
     runs: int
+    beside: float = 0.0
 
 
 class Work(NamedTuple):
@@ -200,6 +207,7 @@ class Cost:
         flops = 0.0
         shown: Joined = defaultdict(float)
         hidden: Joined = defaultdict(float)
+        ringed: list[Collective] = []
         ledger: Ledger = {}
 
         for number, job in enumerate(self.jobs):
@@ -211,7 +219,9 @@ class Cost:
                 flops += work.flops * job.count * parts
             for move in work.collectives:
                 kind = move.kind
-                if move.hidden:
+                if move.beside:
+                    ringed.append(move._replace(runs=move.runs * alike))
+                elif move.hidden:
                     loop = job.loop if move.runs == in_loop else 0
                     key = (loop, kind, move.axes, move.runs)
                     hidden[key] += move.bytes * alike
@@ -240,8 +250,10 @@ class Cost:
         # Collectives read and write the memory, besides sending.
         sent = [*shown.items(), *hidden.items()]
         communicated = sum(2 * size * key[-1] for key, size in sent)
+        communicated += sum(2 * move.bytes * move.runs for move in ringed)
         memory = self._memory(assignment, communicated)
         waiting = self._communication(shown, ledger)
+        waiting += sum(self._passed_on(move, ledger) for move in ringed)
         alongside = self._communication(hidden, ledger)
         waiting += self._exposed(alongside, compute + memory)
         seconds = {
@@ -296,6 +308,7 @@ class Cost:
             self.prefers,
             self.names.batched,
             assignment.micro_batches,
+            assignment.ring,
         )
 
     def _lay(self, sizes: tuple[int, ...]) -> None:
@@ -380,7 +393,8 @@ class Cost:
     ) -> Work:
         masks = assignment.masks
         chosen = [masks[group] for group in job.groups]
-        key = (number, assignment.micro_batches, assignment.keep, *chosen)
+        form = (assignment.micro_batches, assignment.keep, assignment.ring)
+        key = (number, *form, *chosen)
         work = self._memo.get(key)
         if work is None:
             work = self._computed_work(job, layout)
@@ -432,9 +446,31 @@ class Cost:
         assert query is not None
         spec = decision.inputs.get(0, layout.use(query))
         share = layout.bytes(query, spec) / operations.size(query)
-        flops = share * attention_flops(op)
-        seconds = attention_seconds(op, self.chip) * share + self.chip.op_seconds
-        return Work(seconds, flops, collectives)
+        devices = layout.counts[spec[LENGTH]]
+        if devices == 1:
+            flops = share * attention_flops(op)
+            seconds = attention_seconds(op, self.chip) * share
+            return Work(seconds + self.chip.op_seconds, flops, collectives)
+
+        # the ring's devices have their own part of the length
+        share *= devices
+        flops = share * ring_flops(op, devices)
+        seconds = share * ring_seconds(op, devices, self.chip)
+        arrays = sum(move.kind == PASSED_ON for move in decision.moves)
+        moved = []
+        for collective, move in zip(collectives, decision.moves, strict=True):
+            if move.kind == PASSED_ON:
+                beside = seconds / (move.steps + 1) / arrays
+                collective = collective._replace(beside=beside)
+            moved.append(collective)
+        return Work(seconds + self.chip.op_seconds, flops, tuple(moved))
+
+    def _passed_on(self, move: Collective, ledger: Ledger) -> float:
+        """Return the seconds of a ring's steps that its own products don't hide."""
+        once = self._links[move.axes].seconds(move.kind, move.bytes)
+        if (move.kind, move.axes) in ledger:
+            ledger[move.kind, move.axes][2] += once * move.runs
+        return move.runs * self._exposed(once, move.beside)
 
     def _compiled(
         self,
@@ -459,6 +495,7 @@ class Cost:
         bytes_ = move.bytes * self.motion.sent_share(job.op, value, move.kind)
         if kind == "all-reduce" and job.share < 1:
             bytes_ *= job.share
+        bytes_ /= move.steps
         hidden = job.gather is not None or (
             move.where == "out" and job.op.outputs[0].stored is not None
         )
@@ -473,7 +510,7 @@ class Cost:
             move.kind,
             layout.parts,
         )
-        return Collective(kind, move.axes, bytes_, hidden, runs)
+        return Collective(kind, move.axes, bytes_, hidden, runs * move.steps)
 
     def _matmul_seconds(
         self,

@@ -77,9 +77,25 @@ def split(
 def attention_flops(op: Any) -> float:
     """Return the FLOP of a kernel on whole arrays, as it computes them."""
     query, key = (value.shape for value in op.inputs[:2])
-    how = op.params["how"]
+    return kernel_flops(op.name, query, key, op.params["how"])
+
+
+def kernel_flops(
+    name: str,
+    query: Sequence[int],
+    key: Sequence[int],
+    how: Any,
+) -> float:
+    """Return the FLOP of a kernel on arrays of some shapes.
+
+    Args:
+      name: of the operation.
+      query: shape.
+      key: shape.
+      how: the kind of attention.
+    """
     products = FORWARD_PRODUCTS
-    if op.name == ATTENTION_GRADIENT:
+    if name == ATTENTION_GRADIENT:
         is_splash = how.kernel.startswith("splash")
         products = SPLASH_BACKWARD_PRODUCTS if is_splash else BACKWARD_PRODUCTS
     one = 2.0 * math.prod(query) * key[LENGTH]

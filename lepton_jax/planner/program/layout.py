@@ -42,6 +42,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from lepton_jax.planner.program import around
 from lepton_jax.planner.program.graph import (
     BARRIER,
     IN_PART,
@@ -55,7 +56,6 @@ from lepton_jax.planner.program.kernels import (
     KERNELS,
     heads_dim,
     length_dim,
-    split,
 )
 
 # A mask of mesh axes for each dim; mesh axis i is bit 1 << i.
@@ -246,16 +246,19 @@ class Move(NamedTuple):
     """A collective that an operation needs.
 
     Attributes:
-      kind: "all-gather", "all-reduce", "reduce-scatter" or "all-to-all".
+      kind: "all-gather", "all-reduce", "reduce-scatter", "all-to-all", or of a ring
+        "collective-permute" and "permutation" (see `around`).
       axes: mask of the mesh axes over which it runs.
       bytes: of a device (see Link.seconds).
       where: "left", "right", "out" or "input N".
+      steps: collectives that send these bytes one after the other.
     """
 
     kind: str
     axes: int
     bytes: float
     where: str
+    steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -294,6 +297,8 @@ class Layout:
         axis (see `meets_stored`).
       batched: indices of the values that hold samples.
       parts: the number of micro-batches in which the samples come.
+      ring: whether attention over a split sequence goes around a ring, also where heads
+        can be exchanged.
 
     Attributes:
       counts: the number of devices along each mask of mesh axes.
@@ -308,6 +313,7 @@ class Layout:
         prefers: dict[int, int] | None = None,
         batched: frozenset[int] = frozenset(),
         parts: int = 1,
+        ring: bool = False,
     ):
         """Lay out a graph."""
         self.graph = graph
@@ -317,6 +323,7 @@ class Layout:
         self.prefers = prefers or {}
         self.batched = batched
         self.parts = parts
+        self.ring = ring
         self.counts = device_counts(sizes)
 
     # ---- values ----
@@ -439,6 +446,14 @@ class Layout:
                 specs[number] = whole
         return Decision(wanted, None, tuple(moves))
 
+    def shares(self, op: Operation) -> around.Shares:
+        """Return how attention meets its sequence."""
+        values = [value for value in (*op.inputs, *op.outputs) if value is not None]
+        specs = [self.spec(value) for value in values[: len(op.inputs)]]
+        _, heads, length = _common(specs)
+        shapes = [value.shape for value in values]
+        return around.shares(shapes, heads, length, self.counts, self.ring)
+
     def _attend(
         self,
         op: Operation,
@@ -447,37 +462,39 @@ class Layout:
         """Decide how attention is split: over samples and heads, in all its arrays.
 
         Where its arrays are split along the length, the devices exchange parts of it
-        for heads, and back (Jacobs et al. 2023, "DeepSpeed Ulysses"). Where there are
-        too few heads, they gather what is missing.
+        for heads, or pass keys and values around (see `around`).
         """
-        samples = heads = length = -1
-        for spec in specs.values():
-            samples &= spec[BATCH]
-            length &= spec[length_dim(spec)]
-            place = heads_dim(spec)
-            heads &= -1 if place is None else spec[place]
-        for value in (*op.inputs, *op.outputs):
-            assert value is not None
-            place = heads_dim(value.shape)
-            if place is not None and value.shape[place] % self.counts[heads | length]:
-                length = 0
+        values = [value for value in (*op.inputs, *op.outputs) if value is not None]
+        shapes = [value.shape for value in values]
+        samples, heads, _ = _common(specs.values())
+        shares = self.shares(op)
+        heads |= shares.exchanged
 
         wanted = {}
         moves = []
         for number, spec in specs.items():
-            goal = split(spec, samples, heads | length)
+            goal = around.goal(spec, samples, heads, shares.ring)
             if goal == spec:
                 continue
             wanted[number] = goal
-            value = op.inputs[number]
-            assert value is not None
-            if length and heads_dim(spec) is not None:
+            value = values[number]
+            if shares.exchanged and heads_dim(spec) is not None:
                 size = self.bytes(value, spec)
-                moves.append(Move("all-to-all", length, size, f"input {number}"))
+                where = f"input {number}"
+                moves.append(Move("all-to-all", shares.exchanged, size, where))
             moves += self._gather(number, value, spec, goal)
-        if length:
+        if shares.exchanged:
             sizes = [self.bytes(value, self.spec(value)) for value in op.outputs]
-            moves += [Move("all-to-all", length, size, "out") for size in sizes]
+            moves += [
+                Move("all-to-all", shares.exchanged, size, "out") for size in sizes
+            ]
+        if shares.ring:
+            goals = [around.goal(s, samples, heads, shares.ring) for s in shapes]
+            pairs = zip(values, goals, strict=True)
+            sizes = [self.bytes(value, goal) for value, goal in pairs]
+            for passage in around.passages(op, sizes, self.counts[shares.ring]):
+                kind, where, size, steps = passage
+                moves.append(Move(kind, shares.ring, size, where, steps))
         return Decision(wanted, None, tuple(moves))
 
     def _gather(
@@ -652,6 +669,17 @@ class _Sides(NamedTuple):
             if dim is not None and value is not None and value.shape[dim] % count:
                 return False
         return True
+
+
+def _common(specs: Iterable[Spec]) -> tuple[int, int, int]:
+    """Return the axes that split samples, heads and length of all of some arrays."""
+    samples = heads = length = -1
+    for spec in specs:
+        samples &= spec[BATCH]
+        length &= spec[length_dim(spec)]
+        place = heads_dim(spec)
+        heads &= -1 if place is None else spec[place]
+    return samples, heads, length
 
 
 def _with_first(

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lepton_jax.planner.program.graph import Graph
+from lepton_jax.planner.program.kernels import KERNELS, LENGTH
 from lepton_jax.planner.program.layout import Spec
 
 # Bytes: a smaller array is kept whole on each device. Assumption: gathering it would
@@ -94,6 +95,7 @@ class Names:
       of: root to its group's number.
       batch: number of the batch's group; None: there is no batch.
       rows: numbers of the groups by which embeddings are looked up.
+      lengths: numbers of the groups that are the sequence of a kernel of attention.
       batched: indices of the values that hold samples.
       patterns: for each input, its path with layer numbers starred.
     """
@@ -120,6 +122,7 @@ class Names:
 
         self.batch = self._batch_group(roots)
         self.rows = self._row_groups()
+        self.lengths = self._length_groups()
         self.batched = self._values_with_samples()
         self._dims = self._dims_of_inputs()
         self._stored: dict[tuple, list[Spec]] = {}
@@ -320,6 +323,16 @@ class Names:
                 dims.append(Dim(extent, group, node in graph.loops, whole))
             inputs.append(tuple(dims))
         return inputs
+
+    def _length_groups(self) -> set[int]:
+        """Return the groups that are the sequence of a kernel of attention."""
+        groups = set()
+        for op in self.graph.operations():
+            if op.name in KERNELS and op.inputs[0] is not None:
+                root = self.graph.find(op.inputs[0].nodes[LENGTH])
+                if root in self.of:
+                    groups.add(self.of[root])
+        return groups
 
     # ---- specs under an assignment ----
 

@@ -25,7 +25,7 @@ The planner sees one operation forward and one backward. What runs is a *kernel*
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -73,12 +73,15 @@ class How(NamedTuple):
       kernel: "blocks", "splash", or "splash-interpreted", which runs on any backend.
       behind: if causal, how far behind its own position a query sees; None: to the
         first key.
+      ahead: positions by which the first query lies after the first key (a part of a
+        sequence meets an earlier one).
     """
 
     causal: bool
     scale: float
     kernel: str
     behind: int | None = None
+    ahead: int = 0
 
     def rows(self, queries: int) -> int:
         """Return the queries of a block."""
@@ -99,8 +102,11 @@ class How(NamedTuple):
             if not self.causal:
                 yield Block(start, stop, 0, keys)
                 continue
-            first = 0 if self.behind is None else max(0, start - self.behind)
-            yield Block(start, stop, min(first, keys), min(stop, keys))
+            first = 0
+            if self.behind is not None:
+                first = max(0, start + self.ahead - self.behind)
+            last = min(stop + self.ahead, keys)
+            yield Block(start, stop, min(first, last - 1), last)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -197,16 +203,17 @@ def _scores(
     rows = block.stop - block.start
     shape = scores.shape[2:]
     if how.causal:
-        own = lax.broadcasted_iota(jnp.int32, shape, 0) % rows + block.start
+        own = lax.broadcasted_iota(jnp.int32, shape, 0) % rows
+        own += block.start + how.ahead
         position = lax.broadcasted_iota(jnp.int32, shape, 1) + block.first
         seen = own >= position
         if how.behind is not None:
             seen &= own - position <= how.behind
         scores = jnp.where(seen, scores, HIDDEN)
     if segments is not None:
-        mine = segments[:, block.start : block.stop]
+        mine = segments[0][:, block.start : block.stop]
         mine = jnp.tile(mine, (1, shape[0] // rows))
-        theirs = segments[:, block.first : block.last]
+        theirs = segments[1][:, block.first : block.last]
         same = mine[:, None, :, None] == theirs[:, None, None, :]
         scores = jnp.where(same, scores, HIDDEN)
     return scores
@@ -298,18 +305,21 @@ def _attention(
     query: Any,
     key: Any,
     value: Any,
-    segments: Any = None,
-    *,
+    *segments: Any,
     how: How,
 ) -> list[jax.Array]:
     run: Any = _in_blocks if how.kernel == "blocks" else splash.forward
-    return run(query, key, value, segments, how)
+    return run(query, key, value, _pair(segments), how)
 
 
 def _gradient(*arrays: Any, how: How) -> list[jax.Array]:
     run: Any = _gradient_in_blocks if how.kernel == "blocks" else splash.backward
-    *others, segments = arrays if len(arrays) > OPERANDS else (*arrays, None)
-    return run(*others, segments, how)
+    return run(*arrays[:OPERANDS], _pair(arrays[OPERANDS:]), how)
+
+
+def _pair(segments: Sequence[Any]) -> tuple[Any, Any] | None:
+    """Return the segments of queries and of keys; None: there are none."""
+    return (segments[0], segments[-1]) if segments else None
 
 
 def _attention_shapes(query: Any, key: Any, *_: Any, how: How) -> list[Any]:

@@ -102,9 +102,11 @@ def _segment_ids(segments: Any) -> Any:
         return None
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
-    missing = padded(segments.shape[1]) - segments.shape[1]
-    segments = jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, missing)))
-    return SegmentIds(segments, segments)
+    whole = []
+    for own in segments:
+        missing = padded(own.shape[1]) - own.shape[1]
+        whole.append(jnp.pad(own.astype(jnp.int32), ((0, 0), (0, missing))))
+    return SegmentIds(*whole)
 
 
 def _length_first(x: jax.Array, length: int) -> jax.Array:
@@ -126,9 +128,9 @@ def _kernel(queries: Any, keys: Any, how: Any, residuals: bool) -> Any:
     shape = (rows, columns)
     mask: Any = masks.FullMask(shape)
     if how.causal:
-        mask = masks.CausalMask(shape)
+        mask = masks.CausalMask(shape, how.ahead)
         if how.behind is not None:
-            mask = masks.LocalMask(shape, (how.behind, 0), 0)
+            mask = masks.LocalMask(shape, (how.behind, 0), how.ahead)
     own = block(rows)
     others = block(columns)
     sizes = kernels.BlockSizes(

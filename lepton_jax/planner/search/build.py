@@ -17,6 +17,7 @@ from lepton_jax.planner.program import products
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.remat import meaning
 from lepton_jax.planner.program.trace import Trace
+from lepton_jax.planner.search import lengths
 from lepton_jax.planner.search.bounds import NOT_KNOWN, Bounds
 from lepton_jax.planner.search.limits import CAUSES
 from lepton_jax.planner.search.masks import has, sample_axes
@@ -112,6 +113,7 @@ def build(
         loss_pieces=trace.forms.loss_pieces,
         attention=trace.forms.attention,
         products=trace.forms.products,
+        context=lengths.context(names, assignment),
     )
 
 

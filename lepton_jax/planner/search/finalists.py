@@ -204,8 +204,9 @@ def merged(assignment: Assignment) -> Assignment:
 
     Here both axes split group 0 alone, so they are one axis of 8 devices:
 
-    >>> merged(Assignment((4, 2), (0b11, 0b00), 0b00))
-    Assignment(sizes=(8,), masks=(1, 0), keep=0, remat='none', micro_batches=1)
+    >>> one = merged(Assignment((4, 2), (0b11, 0b00), 0b00))
+    >>> one.sizes, one.masks
+    ((8,), (1, 0))
     """
     masks = (*assignment.masks, assignment.keep)
     for axis in range(len(assignment.sizes) - 1):

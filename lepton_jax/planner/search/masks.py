@@ -39,6 +39,14 @@ def sample_axes(assignment: Assignment, names: Names) -> int:
     return 0 if names.batch is None else assignment.masks[names.batch]
 
 
+def split_length(names: Names, assignment: Assignment) -> int:
+    """Return the mask of the mesh axes that split the sequence of some kernel."""
+    mask = 0
+    for group in names.lengths:
+        mask |= assignment.masks[group]
+    return mask
+
+
 def divides(
     names: Names,
     group: int,

@@ -17,6 +17,7 @@ from lepton_jax.errors import PlanError, nearest
 from lepton_jax.hardware import Topology
 from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.patience import LIMIT_SECONDS
+from lepton_jax.planner.plans import CONTEXTS
 from lepton_jax.planner.program import keeping
 from lepton_jax.planner.program.graph import Value
 from lepton_jax.planner.program.layout import Spec
@@ -38,6 +39,7 @@ class Request:
     remat: str | None = None
     micro_batches: int | None = None
     time_limit: float | None = LIMIT_SECONDS
+    context: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Pins:
       groups: name of a named axis to the mesh axes that split it, apart from those that
         split the batch.
       storage: parameter's path to the spec with which it is kept.
-      remat, micro_batches: None: the search decides.
+      remat, micro_batches, context: None: the search decides.
     """
 
     meshes: tuple[tuple[int, ...], ...] = ()
@@ -59,6 +61,7 @@ class Pins:
     storage: Mapping[str, Spec] = field(default_factory=dict)
     remat: str | None = None
     micro_batches: int | None = None
+    context: str | None = None
 
     def force(
         self,
@@ -92,6 +95,7 @@ def read(
         multiply up or don't divide.
     """
     where = f"plan for {topology.name}"
+    _check_context(request.context, where)
     _check_remat(request.remat, trace, where)
     micro_batches = request.micro_batches
     if micro_batches is None:
@@ -106,7 +110,11 @@ def read(
                 where=where,
                 remedy='give the mesh as well, e.g. mesh={"fsdp": 8, "tensor": 4}',
             )
-        return Pins(remat=request.remat, micro_batches=micro_batches)
+        return Pins(
+            remat=request.remat,
+            micro_batches=micro_batches,
+            context=request.context,
+        )
 
     _check_mesh(request.mesh, topology, where)
     reader = _Reader(names, request.mesh, where)
@@ -121,6 +129,7 @@ def read(
         storage=reader.storage,
         remat=request.remat,
         micro_batches=micro_batches,
+        context=request.context,
     )
 
 
@@ -152,6 +161,15 @@ def _check_remat(remat: str | None, trace: Trace, where: str) -> None:
 def _written(key: keeping.Key) -> str:
     """Return what a policy keeps, in words."""
     return f"product {key}" if isinstance(key, int) else key
+
+
+def _check_context(context: str | None, where: str) -> None:
+    if context is not None and context not in CONTEXTS:
+        raise PlanError(
+            f"context {context!r} is not known{nearest(str(context), CONTEXTS)}",
+            where=where,
+            remedy=f"use one of {', '.join(CONTEXTS)}",
+        )
 
 
 def _check_micro_batches(

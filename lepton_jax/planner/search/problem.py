@@ -32,7 +32,7 @@ from lepton_jax.planner.search.limits import (
     CROWDED_WEIGHT,
     TIE_WEIGHT,
 )
-from lepton_jax.planner.search.masks import reordered
+from lepton_jax.planner.search.masks import reordered, split_length
 from lepton_jax.planner.search.pins import Pins
 from lepton_jax.planner.search.roles import Roles
 
@@ -247,6 +247,22 @@ class Problem:
         The score is the time of a step (or the bytes of the state), made worse by how
         much of the state would not fit.
         """
+        ways = self.ways(assignment)
+        return min(map(self._scored, ways), key=lambda scored: scored.score)
+
+    def ways(self, assignment: Assignment) -> list[Assignment]:
+        """Return an assignment in all ways that attention may meet its sequence.
+
+        Where the sequence is whole, or attention is no kernel, it is the only one.
+        """
+        names = self.names("none")
+        if not split_length(names, assignment):
+            return [replace(assignment, ring=False)]
+        pinned = self.pins.context
+        rings = (False, True) if pinned is None else (pinned == "ring",)
+        return [replace(assignment, ring=ring) for ring in rings]
+
+    def _scored(self, assignment: Assignment) -> Scored:
         if assignment not in self._scores:
             self._scores[assignment] = self._light_score(assignment)
         return Scored(self._scores[assignment], assignment)

@@ -63,10 +63,16 @@ def case(draw: Draw) -> Case:
     layers = draw.randint(2, 4) if unrolled else draw.randint(4, 48)
     length = draw.choice((512, 1024, 2048, 4096, 8192, 16384))
     vocab = draw.width(16_000, 160_000)
-    loop = "unrolled" if unrolled else "scan"
-    hidden = draw.width(2 * dim, 4 * dim)
+    sizes = {
+        "dim": dim,
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "hidden": draw.width(2 * dim, 4 * dim),
+        "loop": "unrolled" if unrolled else "scan",
+    }
     return Case(
-        _model(draw, vocab, dim, layers, heads, kv_heads, head, hidden, loop),
+        _model(draw, vocab, sizes, head),
         shape(length),
         shape(length),
         optimizer=draw.choice(OPTIMIZERS)(),
@@ -86,46 +92,28 @@ def case(draw: Draw) -> Case:
 def _model(
     draw: Draw,
     vocab: int,
-    dim: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
+    sizes: dict[str, Any],
     head: int,
-    hidden: int,
-    loop: Any,
 ) -> Callable[..., Any]:
     """Draw the kind of model: Llama, a mixture, or one of `models.DecoderLM`."""
-    tied = draw.random() < PINNED
+    sizes = sizes | {"tied": draw.random() < PINNED}
+    layers = sizes["layers"]
     if draw.random() < DECODERS:
         kind = models.DecoderShape(
             vocab=vocab,
-            dim=dim,
-            layers=layers,
-            heads=heads,
-            kv_heads=kv_heads,
             head=head,
-            hidden=hidden,
-            tied=tied,
             query_key_norm=draw.random() < UNROLLED,
             windows=draw.choice(((), (), (1024,) * layers)),
-            loop=loop,
+            **sizes,
         )
         return partial(models.DecoderLM, kind)
 
     # heads of these models are as wide as the model over their number
-    sized = {
-        "dim": heads * head,
-        "layers": layers,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "hidden": hidden,
-        "tied": tied,
-        "loop": loop,
-    }
+    sizes["dim"] = sizes["heads"] * head
     if draw.random() < MIXTURES:
-        sized |= {"experts": draw.choice((4, 8, 16)), "layers": min(layers, 12)}
-        return partial(models.MoELM, vocab, **sized)
-    return partial(models.TransformerLM, vocab, **sized)
+        sizes |= {"experts": draw.choice((4, 8, 16)), "layers": min(layers, 12)}
+        return partial(models.MoELM, vocab, **sizes)
+    return partial(models.TransformerLM, vocab, **sizes)
 
 
 def _fixed(draw: Draw) -> dict[str, Any]:
