@@ -75,7 +75,7 @@ def found(how, x, w, g):
     return y, *pull(g)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     sizes=st.tuples(*[st.integers(1, 9)] * 3),
     kind=st.sampled_from(narrow.KINDS),

@@ -231,19 +231,7 @@ class Cost:
                 if causes:
                     _note(ledger, move, job)
 
-        rows = list(row_moves(self._trace, layout.storage, layout.counts))
-        for number, moved in enumerate(rows, len(self.jobs)):
-            shown[number, moved.kind, moved.axes, 1] += moved.bytes
-            if causes:
-                _enter(ledger, moved.kind, moved.axes, 1, moved.bytes, moved.path)
-
-        exchanges = stack_moves(self._trace, layout.storage, layout.counts)
-        number = len(self.jobs) + len(rows)
-        for place, stack in enumerate(exchanges, number):
-            shown[place, stack.kind, stack.axes, stack.runs] += stack.bytes
-            if causes:
-                moved_bytes = stack.bytes * stack.runs
-                _enter(ledger, stack.kind, stack.axes, stack.runs, moved_bytes, "Muon")
+        self._add_state_moves(layout, shown, ledger if causes else None)
         orthogonal = self._orthogonal(layout)
         flops += orthogonal.flops
 
@@ -372,6 +360,32 @@ class Cost:
         if self.topology.platform == "cpu":
             rate *= cpu.IN_PLACE
         return moved / rate
+
+    def _add_state_moves(
+        self,
+        layout: Layout,
+        shown: Joined,
+        ledger: Ledger | None,
+    ) -> None:
+        """Add collectives that move parts of the state: rows, and Muon's matrices.
+
+        Args:
+          layout: how the program is split.
+          shown: joined collectives, which are added to.
+          ledger: likewise; None: nobody asks for causes.
+        """
+        moves = [
+            (row.kind, row.axes, 1, row.bytes, row.path)
+            for row in row_moves(self._trace, layout.storage, layout.counts)
+        ]
+        moves += [
+            (stack.kind, stack.axes, stack.runs, stack.bytes, "Muon")
+            for stack in stack_moves(self._trace, layout.storage, layout.counts)
+        ]
+        for number, (kind, axes, runs, size, cause) in enumerate(moves, len(self.jobs)):
+            shown[number, kind, axes, runs] += size
+            if ledger is not None:
+                _enter(ledger, kind, axes, runs, size * runs, cause)
 
     def _orthogonal(self, layout: Layout) -> OrthogonalWork:
         """Return the products of Muon on one device."""
