@@ -30,7 +30,7 @@ HEAD = 16  # width of a head of attention, the same in each model
 LAYERS = 2
 LENGTH = 64
 BATCH = 16
-RATES = tuple(2.0**-n for n in range(12, 3, -1))
+RATES = tuple(2.0**-n for n in range(11, 4, -1))
 LAST = 0.2  # share of the steps whose losses are averaged
 
 
@@ -86,7 +86,7 @@ def losses(own: lepton.Recipe, batches: Any) -> list[float]:
 def main() -> None:
     """Train each width at each rate, with and without transfer."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--optimizer", choices=("adam", "muon"), default="adam")
     parser.add_argument("--out", type=Path, help="a JSON file for the losses")
     options = parser.parse_args()
