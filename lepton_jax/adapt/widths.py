@@ -262,7 +262,8 @@ def _scaling(optimizer: Any, factors: Mapping[str, float]) -> Callable:
         paths = list(by_path(updates))
         leaves, structure = jax.tree.flatten(updates)
         pairs = zip(paths, leaves, strict=True)
-        changed = [leaf * factors[path] for path, leaf in pairs]
+        # policies try an optimizer on a parameter of their own
+        changed = [leaf * factors.get(path, 1.0) for path, leaf in pairs]
         return jax.tree.unflatten(structure, changed), state
 
     scale = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
