@@ -11,7 +11,7 @@ import inspect
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -403,6 +403,7 @@ def splash_gradient(
 def jit_on(
     devices: Any,
     function: Callable,
+    flags: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Any:
     """Return a function jitted with the compiler options that its devices need.
@@ -414,13 +415,14 @@ def jit_on(
     Args:
       devices: the devices on which it will run.
       function: as `jax.jit` takes it.
+      flags: more of XLA's options.
       options: for `jax.jit`.
     """
     devices = list(devices)
-    compiler_options = None
+    compiler_options = dict(flags or {})
     if len(devices) > 1 and devices[0].platform == "cpu":
-        compiler_options = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
-    return jax.jit(function, compiler_options=compiler_options, **options)
+        compiler_options["xla_cpu_enable_concurrency_optimized_scheduler"] = False
+    return jax.jit(function, compiler_options=compiler_options or None, **options)
 
 
 def jit_where(function: Callable) -> Callable:

@@ -103,6 +103,7 @@ def recipe(
     experts: int = 0,
     chosen: int = 2,
     capacity: float = 1.25,
+    dropless: bool = False,
     loop: Literal["unrolled", "scan"] | None = None,
     length: int | None = None,
     batch_size: int | None = None,
@@ -142,6 +143,7 @@ def recipe(
       chosen: experts that a token goes to.
       capacity: places at the experts, over what an even distribution of the tokens
         would take.
+      dropless: let each expert take all tokens that choose it, whatever the capacity.
       loop: over the layers: unrolled, or a scan, which compiles faster. If left out, a
         scan from 1b on.
       length: tokens per sample; if left out, 128 (1m), 256 (10m), 1024 (124m), 4096
@@ -206,7 +208,7 @@ def recipe(
             lepton.models.MoELM,
             experts=experts,
             chosen=chosen,
-            capacity=capacity,
+            capacity=None if dropless else capacity,
         )
 
     loss = lepton.losses.cross_entropy

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,3 +51,16 @@ def test_the_examples_of_data_run_as_written(tmp_path, monkeypatch):
     assert names["inputs"]["tokens"].shape == names["targets"].shape == (4, 128)
     assert len(names["names"]) == 32
     assert len(names["state"]) < 500
+
+
+def test_the_kernel_of_ones_own_runs_as_written():
+    text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "docs/kernels.md", "exec"), names)
+
+    x, scale = names["x"], names["scale"]
+    root = np.sqrt((np.asarray(x) ** 2).mean(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(names["value"], (x / root * scale).sum(), rtol=1e-4)
+    of_scale = (x / root).sum(0)
+    np.testing.assert_allclose(names["slopes"][1], of_scale, rtol=1e-4, atol=1e-4)

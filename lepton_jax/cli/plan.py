@@ -34,6 +34,7 @@ from lepton_jax.planner.show.frontier import Frontier, frontier
 from lepton_jax.planner.show.html import page
 from lepton_jax.planner.show.rows import units
 from lepton_jax.planner.show.words import duration
+from lepton_jax.planner.xla import flags
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.module import is_linen
 
@@ -274,6 +275,15 @@ def _add_pins(
         ),
     )
     add(
+        "--xla",
+        type=flags.parsed,
+        metavar="NAME=VALUE,...",
+        help=(
+            "XLA's flags for the compiled step, or none (default: those with which"
+            " collectives run beside products, by backend; XLA_FLAGS wins)"
+        ),
+    )
+    add(
         "--time-limit",
         type=settings.reader(float),
         metavar="SECONDS",
@@ -493,7 +503,16 @@ def _check_replay(options: argparse.Namespace) -> None:
     """Find options that can't change a plan that is replayed."""
     if options.replay is None:
         return
-    fixed = ("mesh", "pin", "remat", "micro_batches", "prove", "time_limit", "context")
+    fixed = (
+        "mesh",
+        "pin",
+        "remat",
+        "micro_batches",
+        "prove",
+        "time_limit",
+        "context",
+        "xla",
+    )
     for name in fixed:
         if getattr(options, name, None) is not None:
             flag = f"--{name.replace('_', '-')}"
@@ -632,6 +651,7 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
         "micro_batches": getattr(options, "micro_batches", None),
         "time_limit": options.time_limit,
         "context": options.context,
+        "flags": options.xla,
     }
     return {name: value for name, value in asked.items() if value is not None}
 

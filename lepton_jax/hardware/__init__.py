@@ -5,6 +5,7 @@ from lepton_jax.hardware.chips import CHIPS, Chip, read_chips
 from lepton_jax.hardware.links import (
     COLLECTIVES,
     Link,
+    across_slices,
     arrange,
     join,
     lay,
@@ -23,6 +24,7 @@ __all__ = [
     "Chip",
     "Link",
     "Topology",
+    "across_slices",
     "arrange",
     "calibrate_cpu",
     "convolution_flops",

@@ -144,6 +144,24 @@ def join(links: Iterable[Link]) -> Link:
     return links[0] if len(links) == 1 else _join(links)
 
 
+def across_slices(sizes: Sequence[int], topology: Topology) -> int:
+    """Return the mask of the mesh axes that span slices; axis i is bit 1 << i.
+
+    >>> from lepton_jax.hardware import topology
+    >>> across_slices((2, 64), topology("2*v5p:4x4x4"))
+    1
+    """
+    if topology.slices == 1:
+        return 0
+    links = lay({str(i): size for i, size in enumerate(sizes)}, topology)
+    dim = _slices_dim(topology)
+    return sum(
+        1 << axis
+        for axis, link in enumerate(links.values())
+        if any(part.dim == dim for part in link.parts)
+    )
+
+
 def arrange(
     mesh: Mapping[str, int],
     topology: Topology,
@@ -164,8 +182,16 @@ def arrange(
         torus = topology.chip.torus
         devices = sorted(
             devices,
-            key=lambda device: (*device.coords[:torus], device.core_on_chip),
+            key=lambda device: (
+                *device.coords[:torus],
+                device.core_on_chip,
+                getattr(device, "slice_index", 0),
+            ),
         )
+    elif topology.slices > 1:
+        # JAX's own order has slice after slice
+        inside = len(devices) // topology.slices
+        devices = [d for i in range(inside) for d in devices[i::inside]]
 
     # The grid of devices cut into the axes' parts, then its dims in the axes' order.
     links = lay(mesh, topology).values()
@@ -213,7 +239,7 @@ def _whole(
     free = [
         Part(dim, n, 1)
         for dim, n in enumerate(topology.grid)
-        if n > 1 and taken[dim] == 1
+        if n > 1 and taken[dim] == 1 and dim != _slices_dim(topology)
     ]
     choices = []
     for count in range(1, len(free) + 1):
@@ -236,19 +262,20 @@ def _split(
 
     On a torus they are those with the most devices in whole dims, then those that break
     the fewest dims for the axes to come, then the fastest; on GPUs as much as possible
-    lies inside a node.
+    lies inside a node. As little as possible lies across slices.
     """
     left = [n // t for n, t in zip(topology.grid, taken, strict=True)]
 
     def merit(pieces: tuple[int, ...]) -> tuple[Any, ...]:
+        across = -pieces[-1] if topology.slices > 1 else 0
         if not topology.chip.torus:
-            return (pieces[-1],)
+            return (across or pieces[-1],)
         pairs = zip(pieces, topology.grid, strict=True)
         whole = math.prod(piece for piece, n in pairs if piece == n)
         rests = zip(pieces, left, strict=True)
         broken = sum(1 < piece < rest for piece, rest in rests)
         bandwidth = _link(_parts(pieces, taken), topology).bandwidth
-        return whole, -broken, bandwidth, pieces
+        return across, whole, -broken, bandwidth, pieces
 
     best = max(_factorings(size, left), key=merit)
     return _parts(best, taken)
@@ -316,11 +343,56 @@ def _link(
 ) -> Link:
     if not parts:
         return _one_device(topology)
+    if any(part.dim == _slices_dim(topology) for part in parts):
+        return _across_slices(parts, topology)
     if topology.chip.torus:
         return _torus(parts, topology)
     if topology.platform == "cpu":
         return _memory(parts, topology)
     return _switched(parts, topology)
+
+
+def _slices_dim(topology: Topology) -> int:
+    """Return the dim of the grid that the slices are; -1: there is one slice."""
+    return len(topology.grid) - 1 if topology.slices > 1 else -1
+
+
+def _across_slices(parts: tuple[Part, ...], topology: Topology) -> Link:
+    """Return the link of an axis that spans slices.
+
+    A collective is made of one inside each slice and one between them, in which each
+    device sends its own share: of an all-gather of V bytes over n devices in each of s
+    slices, V (s-1)/(s n) over the network, and V (n-1)/n inside. libtpu 0.0.42 compiles
+    sums of gradients for two slices of v5e:2x2 so. Of an all-to-all's payload P,
+    P (s-1)/s leaves the slice.
+    """
+    chip = topology.chip
+    dim = _slices_dim(topology)
+    slices = _size(part for part in parts if part.dim == dim)
+    inner = _link(tuple(part for part in parts if part.dim != dim), topology)
+    network = chip.network_bandwidth * chip.network_fraction
+    between = (slices - 1) / slices / network
+    share = (inner.size - 1) / inner.size
+    size = inner.size * slices
+    gather = between / inner.size + share / inner.bandwidth
+    exchange = between + share / inner.exchange
+    words = f"the network among {slices} slices"
+    if inner.size > 1:
+        words += f" and {inner.physical}"
+    return Link(
+        size=size,
+        kind="network",
+        bandwidth=(size - 1) / size / gather,
+        exchange=(size - 1) / size / exchange,
+        shift=network,
+        latency=chip.call_latency + inner.latency + (slices - 1) * chip.network_latency,
+        hop=chip.call_latency + chip.network_latency,
+        ramp=chip.ramp_seconds,
+        wraps=False,
+        physical=words,
+        parts=parts,
+        topology=topology,
+    )
 
 
 def _one_device(topology: Topology) -> Link:

@@ -1,4 +1,7 @@
-"""A topology by name ("cpu:8", "h200:8", "v5p:4x4x4") or of the live devices."""
+"""A topology by name ("cpu:8", "h200:8", "v5p:4x4x4") or of the live devices.
+
+"2*v5p:4x4x4" are two slices, which the data-centre network joins.
+"""
 
 from __future__ import annotations
 
@@ -30,34 +33,48 @@ class Topology:
       shape: chips along each physical dim of a TPU slice; GPUs: (count,) or (nodes,
         GPUs of each); one number where they are all linked alike.
       platform: JAX's platform name.
+      slices: number of such grids, joined by the network between data-centre hosts.
     """
 
     chip: Chip
     shape: tuple[int, ...]
     platform: str
+    slices: int = 1
 
     @property
     def name(self) -> str:
         """Its name, such as "v5p:4x4x4"."""
+        several = f"{self.slices}*" if self.slices > 1 else ""
+        return f"{several}{self.slice}"
+
+    @property
+    def slice(self) -> str:
+        """Name of one slice."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
     def chips(self) -> int:
         """Number of chips."""
-        return math.prod(self.shape)
+        return math.prod(self.shape) * self.slices
 
     @property
     def devices(self) -> int:
         """Number of JAX devices, of which a chip may have several."""
-        return math.prod(self.shape) * self.chip.devices_per_chip
+        return self.chips * self.chip.devices_per_chip
 
     @property
     def grid(self) -> tuple[int, ...]:
         """Devices along each physical dim, the most local last.
 
         On a TPU it is (x, y, z), with the devices of a chip as one more dim where it
-        has several; on GPUs (nodes, GPUs of each); on a CPU (devices,).
+        has several; on GPUs (nodes, GPUs of each); on a CPU (devices,). Where there are
+        several slices, they are a dim behind these.
         """
+        several = (self.slices,) if self.slices > 1 else ()
+        return (*self._slice_grid, *several)
+
+    @property
+    def _slice_grid(self) -> tuple[int, ...]:
         chip = self.chip
         if chip.torus:
             torus = self.shape + (1,) * (chip.torus - len(self.shape))
@@ -65,7 +82,7 @@ class Topology:
                 return torus
             return (*torus, chip.devices_per_chip)
         if self.platform == "cpu":
-            return (self.devices,)
+            return (self.devices // self.slices,)
         if len(self.shape) == 2:
             return (self.shape[0], self.shape[1] * chip.devices_per_chip)
         largest = min(self.chips, chip.node)
@@ -122,9 +139,12 @@ class Topology:
                 f"{n} {'wraps' if ring else 'open'}"
                 for n, ring in zip(self.grid, self.wraps, strict=True)
             ]
+            del rings[len(self._slice_grid) :]
             links = f"ICI dims {', '.join(rings)}"
         else:
             links = f"{self.nodes} node{'s' * (self.nodes != 1)}"
+        if self.slices > 1:
+            links = f"{self.slices} slices joined by the network, {links}"
         price = "price unknown"
         if self.price_per_hour is not None:
             price = f"${self.price_per_hour:,.2f}/h"
@@ -141,7 +161,8 @@ def topology(
 ) -> Topology:
     """Return the topology of a name.
 
-    It is "chip:count", or "chip:AxBxC" for a slice of TPUs, "chip:nodesxGPUs" for GPUs.
+    It is "chip:count", or "chip:AxBxC" for a slice of TPUs, "chip:nodesxGPUs" for GPUs,
+    and "N*chip:AxBxC" for several slices.
 
     Args:
       name: the name.
@@ -152,17 +173,25 @@ def topology(
       PlanError: there is no such chip, a shape isn't numbers, or it has more dims than
         the chip's links have.
     """
-    match = re.fullmatch(r"([\w-]+):(\d+(?:x\d+)*)", name.strip().lower())
-    if not match or 0 in map(int, match[2].split("x")):
+    pattern = r"(?:(\d+)\*)?([\w-]+):(\d+(?:x\d+)*)"
+    match = re.fullmatch(pattern, name.strip().lower())
+    if not match or 0 in map(int, (match[1] or "1", *match[3].split("x"))):
         raise PlanError(
             f"topology {name!r} is not of the form chip:count or chip:AxBxC",
             where=name,
-            remedy='write e.g. "cpu:8", "h200:8", "v5p:4x4x4"',
+            remedy='write e.g. "cpu:8", "h200:8", "v5p:4x4x4", "2*v5p:4x4x4"',
         )
-    chip = _chip(match[1], name, chips or {})
-    shape = tuple(int(n) for n in match[2].split("x"))
-    _check_shape(shape, match[2], chip, name)
-    return Topology(chip, shape, chip.platform)
+    chip = _chip(match[2], name, chips or {})
+    shape = tuple(int(n) for n in match[3].split("x"))
+    _check_shape(shape, match[3], chip, name)
+    slices = int(match[1] or 1)
+    if slices > 1 and chip.platform not in ("tpu", "cpu"):
+        raise PlanError(
+            f"{chip.name} has nodes, and no slices",
+            where=name,
+            remedy=f'write "{chip.name}:{slices}x{math.prod(shape)}" (nodes x GPUs)',
+        )
+    return Topology(chip, shape, chip.platform, slices)
 
 
 def _chip(
@@ -233,7 +262,11 @@ def here(count: int | None = None) -> tuple[Topology, list[jax.Device]]:
     if chip is None:
         chip = _unknown_chip(devices[0])
     chip = replace(chip, memory=_memory(devices[0], chip.memory))
-    return Topology(chip, _shape(devices, chip), platform), devices
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if len(devices) % slices or platform != "tpu":
+        slices = 1
+    one = [d for d in devices if slices == 1 or d.slice_index == devices[0].slice_index]
+    return Topology(chip, _shape(one, chip), platform, slices), devices
 
 
 def _live_devices(count: int | None) -> list[jax.Device]:

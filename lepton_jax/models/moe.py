@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -27,12 +28,16 @@ class Experts(nnx.Module):
     find one. So if slots are short, later tokens' first choices can cost a token its
     second one; only chosen=1 and capacity >= experts / chosen are strictly causal.
 
+    Without a capacity no token is dropped: tokens are sorted by their expert, and each
+    expert multiplies those that came to it (Gale et al. 2022, "MegaBlocks").
+
     Args:
       dim: width of the inputs and outputs.
       hidden: width of an expert.
       experts: how many there are.
       chosen: experts that a token goes to.
-      capacity: slots, as a multiple of those that an even distribution would take.
+      capacity: slots, as a multiple of those that an even distribution would take;
+        None: no token is dropped, and there are no groups.
       group: tokens of a group, at most; a sequence that is not longer is one group.
       rngs: stream `params`.
 
@@ -48,13 +53,13 @@ class Experts(nnx.Module):
         experts: int,
         *,
         chosen: int = 2,
-        capacity: float = 1.25,
+        capacity: float | None = 1.25,
         group: int = 1024,
         rngs: nnx.Rngs,
     ):
         if not 1 <= chosen <= experts:
             raise ValueError(f"a token can't go to {chosen} of {experts} experts")
-        if not capacity > 0 or group < 1:
+        if (capacity is not None and not capacity > 0) or group < 1:
             raise ValueError(
                 f"capacity is {capacity} and group {group}; both must be positive"
             )
@@ -79,6 +84,10 @@ class Experts(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (batch, length, dim) to the same shape."""
         batch, length, dim = x.shape
+        if self.capacity is None:
+            experts, gates = self.choose(x)
+            kernels = (self.gate[...], self.up[...], self.down[...])
+            return chosen_experts(x, experts, gates, *kernels)
         group = min(self.group, length)
         if length % group:
             raise ValueError(
@@ -96,6 +105,18 @@ class Experts(nnx.Module):
         tokens = jnp.einsum("bgsec,ebgcd->bgsd", combine, outputs)
         return tokens.reshape(batch, length, dim)
 
+    def choose(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the experts of each token and their gates, (..., chosen).
+
+        A gate is the router's probability, for more than one choice over the sum of the
+        chosen ones'.
+        """
+        probabilities = jax.nn.softmax(self.router(x))
+        gates, experts = jax.lax.top_k(probabilities, self.chosen)
+        if self.chosen > 1:
+            gates = gates / gates.sum(-1, keepdims=True)
+        return experts, gates
+
     def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Decide which tokens go to which slots.
 
@@ -107,6 +128,7 @@ class Experts(nnx.Module):
           token takes a slot; `combine` is its gate there: the router's probability, for
           more than one choice over the sum of the chosen ones'.
         """
+        assert self.capacity is not None
         tokens = x.shape[2]
         even = self.chosen * tokens * self.capacity / self.experts
         slots = min(tokens, math.ceil(even))
@@ -150,6 +172,63 @@ class Experts(nnx.Module):
         return dispatch, combine
 
 
+def grouped_experts(
+    x: jax.Array,
+    experts: jax.Array,
+    gates: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    numbers: jax.Array,
+    product: Callable[..., jax.Array] = jax.lax.ragged_dot,
+) -> jax.Array:
+    """Return what some of the experts add to each token; no token is dropped.
+
+    Tokens are sorted by expert, so that each kernel meets its tokens in one run of
+    rows. Rows of experts that are not among these come last, and add nothing.
+
+    Args:
+      x: (..., dim).
+      experts: int32 (..., chosen), the experts of each token.
+      gates: (..., chosen), their weights.
+      gate: (count, dim, hidden), kernels of the experts.
+      up: likewise.
+      down: (count, hidden, dim).
+      numbers: (count,), the numbers of these experts, one after the other.
+      product: of rows (n, k) with the kernels (count, k, m) of groups of rows, of some
+        sizes (count,).
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    count = gate.shape[0]
+    own = experts.reshape(-1) - numbers[0]
+    own = jnp.where((own >= 0) & (own < count), own, count)
+    order = jnp.argsort(own, stable=True)
+    sizes = jnp.bincount(own, length=count + 1)[:count].astype(jnp.int32)
+    is_mine = (jnp.arange(order.size) < sizes.sum())[:, None]
+    token = order // experts.shape[-1]
+
+    rows = jnp.where(is_mine, tokens[token], 0)
+    hidden = nnx.silu(product(rows, gate, sizes)) * product(rows, up, sizes)
+    outputs = product(hidden, down, sizes)
+    weight = gates.reshape(-1)[order][:, None].astype(outputs.dtype)
+    outputs = jnp.where(is_mine, outputs * weight, 0)
+    return jnp.zeros_like(tokens).at[token].add(outputs).reshape(x.shape)
+
+
+@jax.jit
+def chosen_experts(
+    x: jax.Array,
+    experts: jax.Array,
+    gates: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+) -> jax.Array:
+    """Return what all experts add to each token; see `grouped_experts`."""
+    numbers = jnp.arange(gate.shape[0])
+    return grouped_experts(x, experts, gates, gate, up, down, numbers)
+
+
 class MoELM(Decoder):
     """`TransformerLM` with a mixture of experts in place of each feed-forward layer.
 
@@ -174,7 +253,7 @@ class MoELM(Decoder):
         hidden: int | None = None,
         experts: int = 8,
         chosen: int = 2,
-        capacity: float = 1.25,
+        capacity: float | None = 1.25,
         group: int = 1024,
         tied: bool = False,
         theta: float = 10_000.0,

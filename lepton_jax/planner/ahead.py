@@ -234,12 +234,14 @@ def _described(topology: Topology) -> list[Any]:
     megacore = {"chip_config_name": "megacore"}
     small = {"chips_per_host_bounds": bounds}
     variables = NOT_A_TPU_HOST if jax.default_backend() != "tpu" else {}
+    several = {"num_slices": topology.slices} if topology.slices > 1 else {}
     refused = []
-    for options in ({}, megacore, small, small | megacore):
+    for more in ({}, megacore, small, small | megacore):
+        options = more | several
         try:
             with _environment(variables):
                 described = topologies.get_topology_desc(
-                    platform="tpu", topology_name=topology.name, **options
+                    platform="tpu", topology_name=topology.slice, **options
                 )
                 devices = described.devices
         except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -248,7 +250,7 @@ def _described(topology: Topology) -> list[Any]:
         if len(devices) == topology.devices:
             client: Any = getattr(devices[0], "client")  # noqa: B009
             _clients.append(client)
-            _asked[id(client)] = (topology.name, options)
+            _asked[id(client)] = (topology.slice, options)
             return list(devices)
         refused.append(f"libtpu gives {len(devices)} devices")
     raise PlanError(

@@ -29,6 +29,7 @@ from lepton_jax.planner.program.layout import (
     Spec,
     contraction,
 )
+from lepton_jax.planner.program.ruled import Choice, added_up
 from lepton_jax.planner.program.rules import ELEMENTWISE, SOURCES
 from lepton_jax.planner.rewrite import ring
 from lepton_jax.planner.rewrite.ring import Ring
@@ -44,6 +45,10 @@ FOLLOWING = {
     "squeeze",
     "expand_dims",
 }
+
+
+# the primitive of kernels written with pallas
+PALLAS = "pallas_call"
 
 
 def laid_out(
@@ -183,8 +188,14 @@ class _Interpreter:
             results = self._kernel(op, operands, decision)
             pairs = zip(results, op.outputs, strict=True)
             return [self._put_where_it_lies(x, value) for x, value in pairs]
+        if decision.choice is not None:
+            results = self._own(op, operands, decision.choice)
+            pairs = zip(results, op.outputs, strict=False)
+            return [self._put_where_it_lies(x, value) for x, value in pairs]
         if product is not None and product.groups > 1:
             results = [self._grouped(op, product, operands, decision)]
+        elif op.name == PALLAS:
+            results = self._on_each_device(op, operands)
         else:
             results = _bind(op.eqn, operands)
         if op.name in FOLLOWING and not decision.inputs:
@@ -311,6 +322,44 @@ class _Interpreter:
             mesh=self.mesh,
             in_specs=tuple(partition(s, self.mesh.axis_names) for s in specs),
             out_specs=results,
+            check_vma=False,
+        )(*operands)
+
+    def _on_each_device(self, op: Operation, operands: list[Any]) -> list[Any]:
+        """Run a kernel without a rule as a whole on each device.
+
+        XLA does not divide kernels, and JAX refuses to compile one for several TPUs
+        outside of `shard_map`.
+        """
+        return jax.shard_map(
+            lambda *whole: _bind(op.eqn, list(whole)),
+            mesh=self.mesh,
+            in_specs=PartitionSpec(),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )(*operands)
+
+    def _own(
+        self,
+        op: Operation,
+        operands: list[Any],
+        choice: Choice,
+    ) -> list[Any]:
+        """Run an operation with a user's rule on each device's part."""
+        names = self.mesh.axis_names
+        specs = []
+        for number, x in enumerate(operands):
+            whole = (0,) * jax.numpy.ndim(x)
+            specs.append(partition(choice.inputs.get(number, whole), names))
+
+        def local(*parts: Any) -> list[Any]:
+            return added_up(_bind(op.eqn, list(parts)), choice, self.mesh)
+
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=tuple(specs),
+            out_specs=[partition(spec, names) for spec in choice.results],
             check_vma=False,
         )(*operands)
 

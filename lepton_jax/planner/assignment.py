@@ -11,6 +11,7 @@ from lepton_jax.planner.plans import ArrayPlan, entries
 from lepton_jax.planner.program.graph import Operation
 from lepton_jax.planner.program.layout import Spec, device_counts
 from lepton_jax.planner.program.named import Names
+from lepton_jax.planner.program.ruled import expert_nodes
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.trees import by_path, nbytes
 
@@ -100,12 +101,12 @@ def _has_parameters(names: Names, group: int) -> bool:
 def expert_groups(names: Names) -> set[int]:
     """Find the groups along which parameters meet samples as a dot's batch dim.
 
-    They are the experts of a mixture.
+    They are the experts of a mixture. So are dims that a user's rule calls "experts".
     """
     find = names.graph.find
     groups = set()
     for op in names.graph.operations():
-        for node in _stored_batch_nodes(op):
+        for node in (*_stored_batch_nodes(op), *expert_nodes(op)):
             root = find(node)
             if root in names.of:
                 groups.add(names.of[root])

@@ -37,7 +37,7 @@ def plan(
     remat: str | None = None,
     micro_batches: int | None = None,
     time_limit: float | None = LIMIT_SECONDS,
-    **forms: str | None,
+    **forms: Any,
 ) -> Plan:
     """Search for the best way to lay a traced recipe out on a topology.
 
@@ -58,7 +58,7 @@ def plan(
         far is taken, which the plan's notes then say; None: no limit. What takes longer
         than 2 s says on stderr how far it is.
       **forms: forms of the step that are fixed, by the field of `Plan` that has them:
-        context, "all-to-all" or "ring".
+        context, "all-to-all" or "ring"; flags, of XLA's, by name.
 
     Raises:
       PlanError: nothing fits (the message says what fills the memory and what would
@@ -202,6 +202,7 @@ def _plan(
         reasons=_reasons(problem, chosen, ranked),
         notes=tuple(_notes(problem, chosen)),
         bounds=chosen.bounds,
+        flags=problem.flags,
     )
     return build(
         problem.trace,

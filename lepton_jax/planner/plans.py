@@ -36,7 +36,9 @@ SINCE = {
     "loss_pieces",
     "attention",
     "products",
+    "experts",
     "context",
+    "flags",
 }
 # kinds of bytes that XLA decides
 DECIDED_BY_XLA = ("gradients", "activations", "temporaries")
@@ -177,6 +179,10 @@ class Plan:
         the model's own operations.
       products: how large kernels are multiplied: "fp8", "int8", "int8 as float32" where
         float32 emulates it, ...; "": in the dtype that the model computes in.
+      experts: whether each device sorts the tokens that it has by their expert, in
+        mixtures that drop none.
+      flags: XLA's options of the compiled step, by name; those that this XLA does not
+        know are left out.
       context: how attention meets a sequence that is split: "all-to-all": devices
         exchange parts of it for heads, as far as there are heads; "ring": keys and
         values go around; "": it is not split.
@@ -211,7 +217,9 @@ class Plan:
     loss_pieces: int = 1
     attention: str = ""
     products: str = ""
+    experts: bool = False
     context: str = ""
+    flags: dict[str, Any] = field(default_factory=dict)
 
     # How a plan shows itself, by form: "text" and "html". The package fills them in,
     # since the room `show` knows plans, and a plan knows nothing of pictures.
@@ -267,7 +275,7 @@ class Plan:
     @property
     def forms(self) -> Forms:
         """The forms in which the loss is computed."""
-        return Forms(self.loss_pieces, self.attention, self.products)
+        return Forms(self.loss_pieces, self.attention, self.experts, self.products)
 
     @property
     def step_seconds(self) -> float:

@@ -8,6 +8,7 @@ the devices are virtual ones of a CPU.
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
@@ -45,6 +46,7 @@ from lepton_jax.planner import (
     rematerialized,
     rewrite,
 )
+from lepton_jax.planner.xla import flags
 from lepton_jax.step.embeddings import Rows, cast_late, compacted
 from lepton_jax.step.optimizers import divided_over
 from lepton_jax.step.state import State
@@ -129,8 +131,16 @@ class Program:
         are_virtual = self.mesh.size > 1 and first_device.platform == "cpu"
         self._log = CompilationLog(on_compile, waits=are_virtual)
         self._jit = partial(jit_on, self.mesh.devices.flat)
+        known, self.refused_flags = flags.known(
+            plan.flags, list(self.mesh.devices.flat)
+        )
+        for name in self.refused_flags:
+            warnings.warn(
+                f"this XLA has no flag {name}; the step runs without it", stacklevel=2
+            )
         self._train = self._jit(
             self._steps if self._has_blocks else self._one_step,
+            flags=known,
             donate_argnums=0,
             out_shardings=(self.state_sharding, self.replicated),
         )
@@ -562,7 +572,7 @@ class Program:
             return decoded, _hidden(prediction, outputs, decoded, inputs)
 
         # The rows on another host's devices can't be read here.
-        options = {}
+        options: dict[str, Any] = {}
         if agreement.hosts() > 1:
             options = {"out_shardings": self.replicated}
         return self._jit(predict, **options)
@@ -580,7 +590,7 @@ class Program:
         if self.trace.tables:
             forward = cast_late(forward, self.trace.tables)
         forward = laid_out(
-            rewrite.fused(forward, self.plan.attention),
+            self.plan.forms.of_model(forward),
             self.plan.layout,
             self.mesh,
             ("params", "variables", "inputs"),

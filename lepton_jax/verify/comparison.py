@@ -22,6 +22,8 @@ from lepton_jax.planner import Plan, Trace, ahead, candidates
 from lepton_jax.planner.estimate.feeding import size
 from lepton_jax.planner.probe import early
 from lepton_jax.planner.program.kernels import KERNELS, attention_flops
+from lepton_jax.planner.program.ruled import hidden_flops
+from lepton_jax.planner.rewrite.own import OWN, OWN_OPERATIONS
 from lepton_jax.planner.show.text import meshed
 from lepton_jax.planner.show.words import si
 from lepton_jax.train.program import Program
@@ -85,7 +87,7 @@ def verify(
     platform = next(iter(flat)).platform
     module = hlo.read(text)
     moves = expected(trace, plan, platform)
-    kernels = _kernel_flops(trace, plan)
+    kernels = _kernel_flops(trace, plan, platform)
     rows, unexpected, absent = compare(
         moves,
         module.collectives,
@@ -105,13 +107,18 @@ def verify(
     )
 
 
-def _kernel_flops(trace: Trace, plan: Plan) -> float:
+def _kernel_flops(trace: Trace, plan: Plan, platform: str) -> float:
     """Return the FLOP of a device's kernels, of which XLA's text does not tell."""
-    if not plan.attention.startswith("splash"):
+    is_splash = plan.attention.startswith("splash")
+    if not is_splash and OWN not in trace.operations:
         return 0.0
     graph = replace(trace, forms=plan.forms).gradient(plan.remat)
-    kernels = [op for op in graph.operations() if op.name in KERNELS]
-    whole = sum(op.times * attention_flops(op) for op in kernels)
+    whole = 0.0
+    for op in graph.operations():
+        if is_splash and op.name in KERNELS:
+            whole += op.times * attention_flops(op)
+        elif op.name in OWN_OPERATIONS:
+            whole += op.times * hidden_flops(op.eqn, platform)
     return whole / math.prod(plan.mesh.values())
 
 

@@ -70,7 +70,7 @@ def expected(
         kind = PASSED_ON if move.kind == PERMUTATION else move.kind
         if where is not None:
             devices = math.prod(plan.mesh[axis] for axis in axes)
-            kind = as_compiled(kind, devices, where)
+            kind = as_compiled(kind, devices, where, plan.flags)
         buffer = move.bytes * _scale(value, kind, platform, shares)
         buffer *= motion.sent_share(op, value, move.kind)
         count = motion.runs(op, value, move.kind, plan.micro_batches)

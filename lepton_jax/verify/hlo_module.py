@@ -18,6 +18,9 @@ from lepton_jax.verify.hlo_text import (
     parse,
 )
 
+# What libtpu sends from slice to slice: a collective's name, and the slices.
+BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+SLICES = re.compile(r'_xla_megascale_target="\{([\d,]+)\}')
 PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
@@ -152,6 +155,13 @@ class Module:
         self, name: str, instruction: Instruction, kind: str
     ) -> CollectiveFound:
         groups = groups_of(instruction.attributes, self.partitions)
+        slices = _slices(instruction)
+        if slices:
+            # a module is the program of one slice
+            groups = tuple(
+                tuple(range(place, slices * self.partitions, self.partitions))
+                for place in range(self.partitions)
+            )
         size = self._buffer_bytes(name, instruction, kind)
         if kind == "all-gather" and groups:
             size *= len(groups[0])
@@ -295,9 +305,18 @@ def product_of(instruction: Instruction) -> Product | None:
     return Product(False, call, contracted) if contracted else None
 
 
+def _slices(instruction: Instruction) -> int:
+    """Return the slices among which an instruction sends; 0: it stays in one."""
+    target = SLICES.search(instruction.attributes)
+    return len(target[1].split(",")) if target else 0
+
+
 def _kind(instruction: Instruction) -> str:
     pairs = instruction.get("_xla_send_recv_source_target_pairs")
     kind = instruction.opcode.removesuffix("-start")
+    between = BETWEEN_SLICES.search(instruction.attributes)
+    if kind == "send" and between:
+        return between[1].lower().replace("_", "-")
     return "collective-permute" if kind == "send" and pairs else kind
 
 

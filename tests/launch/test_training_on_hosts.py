@@ -3,6 +3,7 @@
 It is the same run as one process makes, on any hosts that go on with it.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -98,6 +99,36 @@ def test_two_hosts_train_what_one_does(alone, tmp_path):
     assert [e["kind"] for e in events].count("start") == 1
     assert (run / "report.html").exists()
     assert [e["devices"] for e in events if e["kind"] == "start"] == [4]
+
+
+# What a plan may say of how a step is computed; see tests/test_forms.py.
+FORMS = {
+    "kept": {"remat": "keep 0,2 and 1,4 in 2"},
+    "fused": {"remat": "keep attention,0", "attention": "blocks", "loss_pieces": 2},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_of_a_step_survives_the_loss_of_a_host(form, tmp_path):
+    """Two hosts with two devices each; one is killed, and both go on."""
+    steps = 16
+    alone = faults_recipe.recipe(steps=steps, layers=4)
+    trainer = lepton.Trainer(alone, devices=1, run_dir=tmp_path / "alone")
+    plan = trainer.plan("cpu:4", mesh={"data": 2, "tensor": 2})
+    dataclasses.replace(plan, **FORMS[form]).save(tmp_path / "plan.json")
+    trainer.fit()
+
+    done = launch(
+        tmp_path,
+        *("--hosts", "local:2", "--devices", 2, "--layers", 4, "--steps", steps),
+        *("--plan", "plan.json", "--run-dir", "run", "--restarts", 1),
+        faults=[{"kind": "kill", "host": 1, "phase": "steps", "step": 13}],
+    )
+    assert done.returncode == 0, done.stderr
+    events = read_events(tmp_path / "run")
+    assert [e["kind"] for e in events].count("start") == 2
+    together, single = losses(tmp_path / "run"), losses(tmp_path / "alone")
+    np.testing.assert_allclose(together, single, rtol=1e-5)
 
 
 @pytest.mark.slow

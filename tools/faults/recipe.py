@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from lepton_jax import Recipe, losses, metrics
+from lepton_jax import Recipe, losses, metrics, models
 from lepton_jax.data import Source, mix, sequential
 from lepton_jax.hosts import phase
 from lepton_jax.launch.supervise import watchdog
@@ -52,12 +52,22 @@ class NextToken(nnx.Module):
 def recipe(
     steps: int = 60,
     batch_size: int = 24,
+    layers: int = 0,
 ) -> Recipe:
     """A tiny next-token model on documents.
 
     There are three sources, of which one is filtered; they are mixed 5:3:2 and packed
     to 16 tokens.
+
+    Args:
+      steps: length of the run.
+      batch_size: samples of a step.
+      layers: of a Transformer, in a loop; 0: the model has no such layers.
     """
+    model: Any = NextToken
+    if layers:
+        sizes = {"dim": 32, "layers": layers, "heads": 4, "hidden": 64, "loop": "scan"}
+        model = partial(models.TransformerLM, TOKENS, **sizes)
     rng = np.random.default_rng(7)
     sources = {
         "a": _documents(rng, 150),
@@ -69,7 +79,7 @@ def recipe(
     inputs = rng.integers(0, TOKENS, size=(96, LENGTH)).astype(np.int32)
     targets = rng.integers(0, TOKENS, size=(96, LENGTH)).astype(np.int32)
     return Recipe(
-        model=NextToken,
+        model=model,
         loss=LOSS,
         optimizer=optax.adam,
         learning_rate=0.01,

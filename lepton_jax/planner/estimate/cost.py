@@ -17,7 +17,7 @@ w[512, 256], on eight devices:
    loop does not change run outside of it (`motion`). `Link.seconds` gives the seconds
    of each.
 4. Gathers of parameters and reductions of gradients run while the device computes
-   (XLA's latency-hiding scheduler on TPU and GPU): only `HIDDEN_SHARE` of them shows,
+   (the latency-hiding scheduler on TPU and GPU): a share of them shows (`xla.figures`),
    or what is longer than the computing. What moves activations waits for them and is
    waited for. On a CPU nothing overlaps, and all-gathers are not joined.
 5. Elementwise operations read and write each value once per fused group (`traffic`).
@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -75,9 +75,11 @@ from lepton_jax.planner.program.layout import (
     meets_stored,
 )
 from lepton_jax.planner.program.named import Names
+from lepton_jax.planner.program.ruled import Choice, own_bytes, own_flops
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.planner.xla import operations
-from lepton_jax.planner.xla.figures import HIDDEN_SHARE
+from lepton_jax.planner.xla.figures import HIDDEN_SHARE, WAITED_SHARE
+from lepton_jax.planner.xla.flags import FUSES, KEEPS_GATHERS
 from lepton_jax.planner.xla.operations import DOTS
 from lepton_jax.trees import by_path, nbytes
 
@@ -150,6 +152,7 @@ class Cost:
       names: named axes of the graph of a rematerialization policy.
       topology: chips and links.
       sizes: bytes of the graph's values, if they exist already.
+      flags: XLA's, as in `Plan`.
     """
 
     def __init__(
@@ -158,9 +161,11 @@ class Cost:
         names: Names,
         topology: Topology,
         sizes: Sizes | None = None,
+        flags: Mapping[str, Any] | None = None,
     ):
         self.names = names
         self.topology = topology
+        self.flags = flags or {}
         self.chip = topology.device
         self.graph = names.graph
         self.prefers = meets_stored(self.graph)
@@ -243,7 +248,7 @@ class Cost:
         waiting = self._communication(shown, ledger)
         waiting += sum(self._passed_on(move, ledger) for move in ringed)
         alongside = self._communication(hidden, ledger)
-        waiting += self._exposed(alongside, compute + memory)
+        waiting += self._exposed(alongside, compute + memory, self._waited())
         seconds = {
             "matmul": compute,
             "memory": memory,
@@ -274,16 +279,24 @@ class Cost:
         self,
         hidden: float,
         busy: float,
+        share: float,
     ) -> float:
         """Return the part of hidden communication that shows.
 
         Args:
           hidden: seconds of communication that runs while the device computes.
           busy: seconds of computing.
+          share: of the communication that shows in any case.
         """
         if self.topology.platform == "cpu":
             return hidden
-        return max(HIDDEN_SHARE * hidden, hidden - busy)
+        return max(share * hidden, hidden - busy)
+
+    def _waited(self) -> float:
+        """Return the share of gathers and sums of parameters that is waited for."""
+        if self.topology.platform != "tpu":
+            return HIDDEN_SHARE
+        return WAITED_SHARE if self.flags.get(FUSES) else 1.0
 
     def layout(self, assignment: Assignment) -> Layout:
         """Return how the assignment splits each value and operation."""
@@ -436,6 +449,8 @@ class Cost:
         collectives = self._compiled(moves, job, layout)
         if job.op.name in KERNELS:
             return self._kernel(job.op, layout, decision, collectives)
+        if decision.choice is not None:
+            return self._own(job.op, decision, decision.choice, collectives)
         if job.op.name not in DOTS or job.product is None:
             return Work(0.0, 0.0, collectives)
 
@@ -484,7 +499,28 @@ class Cost:
         once = self._links[move.axes].seconds(move.kind, move.bytes)
         if (move.kind, move.axes) in ledger:
             ledger[move.kind, move.axes][2] += once * move.runs
-        return move.runs * self._exposed(once, move.beside)
+        return move.runs * self._exposed(once, move.beside, HIDDEN_SHARE)
+
+    def _own(
+        self,
+        op: Operation,
+        decision: Decision,
+        choice: Choice,
+        collectives: tuple[Collective, ...],
+    ) -> Work:
+        """Return the work of an operation with a user's rule: a roofline."""
+        chip = self.chip
+        # XLA's CPU backend (jax 0.10 and 0.12) drops barriers, and merges two runs of a
+        # forward pass on the same operands; on operands that are moved it does not
+        # (`tools/plan.py recipes/lm.py --experts 8 --dropless --on cpu:8 --verify`).
+        platform = self.topology.platform
+        merged = platform == "cpu" and not decision.inputs
+        flops = choice.share * own_flops(op.eqn, platform, merged)
+        computes = flops / (chip.peak(op.outputs[0].dtype) * chip.matmul_fraction)
+        moved = choice.share * own_bytes(op.eqn)
+        moves = moved / (chip.bandwidth * chip.memory_fraction)
+        seconds = max(computes, moves) + chip.op_seconds
+        return Work(seconds, flops, collectives)
 
     def _compiled(
         self,
@@ -504,6 +540,7 @@ class Cost:
             move.kind,
             layout.counts[move.axes],
             self.topology,
+            self.flags,
         )
         value = job.gather or moved_value(job.op, job.product, move)
         bytes_ = move.bytes * self.motion.sent_share(job.op, value, move.kind)
@@ -774,20 +811,29 @@ def as_compiled(
     kind: str,
     count: int,
     topology: Topology,
+    flags: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the collective that XLA makes of one over `count` devices.
 
     Its CPU backend has no reduce-scatter (jaxlib 0.10 and 0.12). On a TPU it has none
     over the whole of a square torus of `WHOLE_TORUS` chips or more either, nor an
-    all-gather over the whole of a cube.
+    all-gather over the whole of a cube, unless a flag keeps it.
+
+    Args:
+      kind: such as "all-gather".
+      count: devices.
+      topology: where they are.
+      flags: XLA's, as in `Plan`.
     """
     if topology.platform == "cpu":
         return "all-reduce" if kind == "reduce-scatter" else kind
     torus = topology.chip.torus
     shape = topology.shape
     square = torus and len(shape) == torus and len(set(shape)) == 1
-    whole = count == topology.devices and topology.chips >= WHOLE_TORUS
-    missing = ("reduce-scatter", "all-gather") if torus == 3 else ("reduce-scatter",)
+    chips = topology.chips // topology.slices
+    whole = count * topology.slices == topology.devices and chips >= WHOLE_TORUS
+    loses_gathers = torus == 3 and not (flags or {}).get(KEEPS_GATHERS)
+    missing = ("reduce-scatter", "all-gather") if loses_gathers else ("reduce-scatter",)
     return "all-reduce" if square and whole and kind in missing else kind
 
 

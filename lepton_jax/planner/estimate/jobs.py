@@ -23,6 +23,7 @@ from lepton_jax.planner.program.graph import Operation, Region, Value
 from lepton_jax.planner.program.kernels import KERNELS
 from lepton_jax.planner.program.layout import Contraction, contraction
 from lepton_jax.planner.program.named import Names
+from lepton_jax.planner.rewrite.own import OWN_OPERATIONS
 from lepton_jax.planner.xla.operations import DOTS, operands
 
 
@@ -107,7 +108,8 @@ class Jobs:
             values = operands(op) + op.outputs[:1]
             # An empty array computes and moves nothing.
             empty = any(0 in v.shape for v in values)
-            if (product is not None or op.whole) and not empty:
+            has_rule = op.name in OWN_OPERATIONS
+            if (product is not None or op.whole or has_rule) and not empty:
                 self._add(op, product, loop, values, None)
             if not op.regions and any(v.stored is None for v in op.outputs):
                 self._add_gathers(op, loop)
@@ -145,7 +147,7 @@ class Jobs:
         before = [read.op for reads in earlier.values() for read in reads]
         involved = [v for o in before for v in (*operands(o), *o.outputs)]
         groups = self._groups([*values, *involved])
-        if not groups and op.name not in DOTS and op.name not in KERNELS:
+        if not groups and op.name not in {*DOTS, *KERNELS, *OWN_OPERATIONS}:
             return
         looks = self._looks(op, values)
         taps = used_taps(op, self._pads.before(op))
@@ -166,6 +168,7 @@ class Jobs:
             taps,
             repeats,
             self._looks_of(earlier),
+            op.params.get("own") if op.name in OWN_OPERATIONS else None,
         )
         if key in self._known:
             self._known[key].count += op.times

@@ -10,6 +10,7 @@ import numpy as np
 from lepton_jax.planner.program.graph import BARRIER, Graph, Operation
 from lepton_jax.planner.program.rules import ELEMENTWISE, REDUCTIONS
 from lepton_jax.planner.rewrite.eight_bits import GRADIENT, RESULT
+from lepton_jax.planner.rewrite.own import OWN_OPERATIONS
 from lepton_jax.planner.xla.operations import DOTS, FREE, operands
 
 # Operations that a fused group of elementwise operations may hold.
@@ -28,8 +29,8 @@ FUSIBLE = {
 } - {BARRIER}
 
 
-# Operations that move nothing, or are counted as matmuls.
-UNCOUNTED = {*FREE, *DOTS, BARRIER}
+# Operations that move nothing, or are priced by themselves.
+UNCOUNTED = {*FREE, *DOTS, *OWN_OPERATIONS, BARRIER}
 
 
 def traffic(graph: Graph) -> np.ndarray:

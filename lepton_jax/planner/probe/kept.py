@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jaxlib
 
+from lepton_jax.compat import compile_request
 from lepton_jax.planner import ahead
 
 # The file's form: with another number, older files are not read.
@@ -73,6 +74,7 @@ def file_of(
         os.environ.get("XLA_FLAGS", ""),
         os.environ.get("LIBTPU_INIT_ARGS", ""),
         lowered.as_text(),
+        compile_request(lowered)[1].hex(),
     )
     digest = hashlib.sha256()
     for part in parts:

@@ -42,6 +42,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal, scan_counts
 from lepton_jax.planner.program.rules import ELEMENTWISE, RULES, unknown
 from lepton_jax.planner.rewrite.eight_bits import GRADIENT
@@ -334,6 +336,10 @@ class Graph:
         self.values.append(value)
         return value
 
+    def scratch(self, shape: tuple[int, ...]) -> Value:
+        """Add an array that an operation needs while it runs, in float32."""
+        return self._new_value(shape, np.dtype("float32"))
+
     def _values_of(
         self,
         variables: Any,
@@ -403,7 +409,8 @@ class Graph:
         else:
             RULES.get(name, unknown)(self, operation)
             if not operation.known:
-                self.unknown[name] = self.unknown.get(name, 0) + 1
+                label = _label(operation)
+                self.unknown[label] = self.unknown.get(label, 0) + 1
 
     def _note_if_positional(self, operation: Operation) -> None:
         if operation.name not in POSITIONAL or len(operation.outputs) != 1:
@@ -701,6 +708,13 @@ class Graph:
             if op.name != BARRIER:
                 values += op.outputs
         return {value.index for value in values if value.stored is not None}
+
+
+def _label(operation: Operation) -> str:
+    """Return the name of an operation without a rule, with that of its kernel."""
+    kernel = operation.params.get("name") or operation.params.get("target_name")
+    name = operation.name
+    return f"{name} {kernel}" if isinstance(kernel, str) and kernel else name
 
 
 def opened(

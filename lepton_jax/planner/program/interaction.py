@@ -36,7 +36,9 @@ import jax.numpy as jnp
 from lepton_jax import losses
 from lepton_jax.compat import ClosedJaxpr, Literal, scan_counts, source_line
 from lepton_jax.planner.program.graph import Graph, Operation, Value
+from lepton_jax.planner.program.ragged import RAGGED
 from lepton_jax.planner.program.trace import Trace
+from lepton_jax.planner.rewrite import experts
 from lepton_jax.step.module import forward
 
 LOOPS = ("scan", "while", "cond")  # the operations in their bodies count instead
@@ -113,6 +115,8 @@ def where_samples_of_a_step_meet(trace: Trace) -> str | None:
     state = trace.state
     fixed = (state.params, state.variables, state.key)
     batch = (trace.inputs, trace.targets)
+    if RAGGED in trace.operations:
+        step = experts.ruled(step)
     return where_they_meet(step, fixed, batch, means=True)
 
 

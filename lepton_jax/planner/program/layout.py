@@ -57,6 +57,8 @@ from lepton_jax.planner.program.kernels import (
     heads_dim,
     length_dim,
 )
+from lepton_jax.planner.program.ruled import Choice, decided
+from lepton_jax.planner.rewrite.own import OWN_OPERATIONS
 
 # A mask of mesh axes for each dim; mesh axis i is bit 1 << i.
 Spec = tuple[int, ...]
@@ -270,11 +272,13 @@ class Decision:
         that is not the one in which it lies.
       natural: the spec that the result has by itself; None: the wanted one.
       moves: the collectives that this takes.
+      choice: of an operation with a user's rule: how it is split.
     """
 
     inputs: dict[int, Spec]
     natural: Spec | None
     moves: tuple[Move, ...]
+    choice: Choice | None = None
 
 
 class _Split(NamedTuple):
@@ -430,6 +434,8 @@ class Layout:
             return self._contract(op, product, specs, wanted, moves)
         if op.name in KERNELS:
             return self._attend(op, specs)
+        if op.name in OWN_OPERATIONS:
+            return self._own(op, specs, moves)
 
         for number, dim in op.whole:
             spec = specs.get(number, ())
@@ -496,6 +502,23 @@ class Layout:
                 kind, where, size, steps = passage
                 moves.append(Move(kind, shares.ring, size, where, steps))
         return Decision(wanted, None, tuple(moves))
+
+    def _own(
+        self,
+        op: Operation,
+        specs: dict[int, Spec],
+        moves: list[Move],
+    ) -> Decision:
+        """Decide how an operation with a user's rule is split."""
+        choice = decided(self, op, specs)
+        wanted = {}
+        for number, spec in choice.inputs.items():
+            value = op.inputs[number]
+            assert value is not None
+            if spec != self.spec(value):
+                wanted[number] = spec
+        own_moves = [Move(*move) for move in choice.moves]
+        return Decision(wanted, None, (*moves, *own_moves), choice)
 
     def _gather(
         self,

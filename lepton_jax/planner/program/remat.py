@@ -49,6 +49,7 @@ from lepton_jax.planner.program import keeping
 from lepton_jax.planner.program.keeping import SMALL, is_layer, nbytes
 from lepton_jax.planner.rewrite.attention import ATTENTION
 from lepton_jax.planner.rewrite.eight_bits import RESULT
+from lepton_jax.planner.rewrite.own import OWN
 from lepton_jax.planner.rewrite.program import opened
 
 
@@ -62,6 +63,8 @@ def _projections(primitive: Any, *avals: Any, **params: Any) -> bool:
     if primitive.name == "dot_general" and avals[0].dtype.itemsize == 1:
         return False
     keeps = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    if primitive.name == OWN:
+        return params["own"].rule.kept
     return primitive.name == ATTENTION or bool(keeps(primitive, *avals, **params))
 
 

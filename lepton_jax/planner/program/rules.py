@@ -15,7 +15,10 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 
 from lepton_jax.planner.program.kernels import join_attention
+from lepton_jax.planner.program.ragged import RAGGED, join_ragged
+from lepton_jax.planner.program.ruled import join_own
 from lepton_jax.planner.rewrite.attention import ATTENTION, ATTENTION_GRADIENT
+from lepton_jax.planner.rewrite.own import OWN, OWN_GRADIENT
 
 # A rule is called with the graph, whose join(a, b) says that two nodes are one, and the
 # operation, whose `whole` and `reduced` it fills. Dims that a rule does not join stay
@@ -606,6 +609,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(SOURCES, _source),
     ATTENTION: join_attention,
     ATTENTION_GRADIENT: join_attention,
+    OWN: join_own,
+    RAGGED: join_ragged,
+    OWN_GRADIENT: join_own,
     "argmax": _arg_reduction,
     "argmin": _arg_reduction,
     "broadcast_in_dim": _broadcast_in_dim,

@@ -24,8 +24,11 @@ from lepton_jax.planner.patience import Patience
 from lepton_jax.planner.program.graph import Graph
 from lepton_jax.planner.program.keeping import Kept
 from lepton_jax.planner.program.products import products_on
+from lepton_jax.planner.program.ragged import RAGGED, ragged_flops
 from lepton_jax.planner.program.remat import keepable, rematerialized
+from lepton_jax.planner.program.ruled import own_flops
 from lepton_jax.planner.program.tables import find_tables
+from lepton_jax.planner.rewrite.own import OWN
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.embeddings import NO_TABLES, Tables, compacted
 from lepton_jax.step.module import Functional, forward_sowing, functional, leaks
@@ -535,6 +538,10 @@ def _product_flops(eqn: Any, times: int) -> float:
         arrays = (left, right, eqn.outvars[0])
         shapes = [variable.aval.shape for variable in arrays]
         return times * convolution_flops(eqn.params, *shapes)
+    if name == OWN:
+        return times * own_flops(eqn)
+    if name == RAGGED:
+        return times * ragged_flops(eqn)
     return 0.0
 
 

@@ -73,6 +73,8 @@ class How(NamedTuple):
       kernel: "blocks", "splash", or "splash-interpreted", which runs on any backend.
       behind: if causal, how far behind its own position a query sees; None: to the
         first key.
+      cap: c in c * tanh(score / c), which is applied to scaled scores before masks;
+        None: there is no cap (Gemma 2, Riviere et al. 2024, section 2).
       ahead: positions by which the first query lies after the first key (a part of a
         sequence meets an earlier one).
     """
@@ -81,6 +83,7 @@ class How(NamedTuple):
     scale: float
     kernel: str
     behind: int | None = None
+    cap: float | None = None
     ahead: int = 0
 
     def rows(self, queries: int) -> int:
@@ -200,6 +203,8 @@ def _scores(
 ) -> jax.Array:
     """Return a block's scores, (batch, key heads, rows, keys), low where not seen."""
     scores = how.scale * _product(query, key, (3, 3))
+    if how.cap is not None:
+        scores = how.cap * jnp.tanh(scores / how.cap)
     rows = block.stop - block.start
     shape = scores.shape[2:]
     if how.causal:
@@ -285,6 +290,10 @@ def _gradient_in_blocks(
         shares = jnp.exp(scores - own_sums[..., None])
         slope = _product(own_cotangent, values[:, :, seen], (3, 3))
         slope = how.scale * shares * (slope - own_inner[..., None])
+        if how.cap is not None:
+            # a hidden score has no share, and so no slope
+            ratio = jnp.clip(scores / how.cap, -1, 1)
+            slope = slope * (1 - ratio * ratio)
         slope = slope.astype(query.dtype)
         shares = shares.astype(query.dtype)
         of_value = of_value.at[:, :, seen].add(_product(shares, own_cotangent, (2, 2)))

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from lepton_jax.compat import ClosedJaxpr, Jaxpr
-from lepton_jax.planner.rewrite import head, narrow, softmax, splash
+from lepton_jax.planner.rewrite import experts, head, narrow, softmax, splash
 from lepton_jax.planner.rewrite.program import opened, parts
 
 # Bytes of logits in float32 that a device may hold at once. Assumption: a hundredth of
@@ -52,12 +52,14 @@ class Forms:
       loss_pieces: pieces of the tokens whose logits are computed one after the other.
       attention: the kernel that computes attention, as in `attention.How`; "": the
         model's own operations.
+      experts: whether mixtures that drop no token are operations with a rule.
       products: how large kernels are multiplied, as in `narrow.narrowed`; "": in the
         dtype that the model computes in.
     """
 
     loss_pieces: int = 1
     attention: str = ""
+    experts: bool = False
     products: str = ""
 
     def of(self, loss: Callable) -> Callable:
@@ -65,7 +67,12 @@ class Forms:
 
         An evaluation multiplies in the dtype that the model computes in.
         """
-        return head.in_pieces(softmax.fused(loss, self.attention), self.loss_pieces)
+        return head.in_pieces(self.of_model(loss), self.loss_pieces)
+
+    def of_model(self, function: Callable) -> Callable:
+        """Return a function of a model whose layers are in these forms."""
+        function = experts.ruled(function) if self.experts else function
+        return softmax.fused(function, self.attention)
 
     def around(self, remade: Callable[[Callable], Callable]) -> Callable:
         """Return a transformation of a loss that puts it into these forms first.
@@ -104,7 +111,8 @@ def forms_for(
     if logits_bytes(_largest_product(forward.jaxpr), devices) > MOST_LOGITS:
         shape = head.logits_shape(traced())
         pieces = _loss_pieces(shape, devices, micro_batches)
-    return Forms(pieces, _kernel(forward, platform, devices), products)
+    kernel = _kernel(forward, platform, devices)
+    return Forms(pieces, kernel, experts.has_mixture(forward.jaxpr), products)
 
 
 def logits_bytes(elements: int, devices: int) -> float:
@@ -143,8 +151,8 @@ def _kernel(forward: ClosedJaxpr, platform: str, devices: int) -> str:
     found = softmax.find_all(opened(forward))
     largest = 0.0
     for attention in found:
-        batch, length, heads, _ = attention.query.aval.shape
-        keys = attention.key.aval.shape[1]
+        batch, length, heads, _ = attention.shape
+        keys = attention.keys
         if kernel == "splash" and not splash.takes(length, keys, attention.causal):
             return ""
         if platform == "cpu" and not attention.causal:

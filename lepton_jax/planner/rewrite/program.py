@@ -204,7 +204,70 @@ def is_zero(variable: Any, uses: Uses) -> bool:
     return not getattr(variable.val, "shape", ()) and bool(variable.val == 0)
 
 
+def alike(left: Jaxpr, right: Jaxpr) -> bool:
+    """Whether two programs are the same operations on arrays of the same shapes.
+
+    They may lie on different devices.
+    """
+    if len(left.invars) != len(right.invars) or len(left.eqns) != len(right.eqns):
+        return False
+    same: dict[Any, Any] = {}
+    same.update(zip(left.invars, right.invars, strict=True))
+    if len(left.constvars) != len(right.constvars):
+        return False
+    same.update(zip(left.constvars, right.constvars, strict=True))
+    for mine, theirs in zip(left.eqns, right.eqns, strict=True):
+        if not _alike(mine, theirs, same):
+            return False
+        same.update(zip(mine.outvars, theirs.outvars, strict=True))
+    return _same_operands(left.outvars, right.outvars, same)
+
+
 # ---- internals ----
+
+# Options that say where an array lies: a program that is traced for a mesh has others.
+PLACES = ("sharding", "out_sharding")
+
+
+def _alike(left: Any, right: Any, same: dict[Any, Any]) -> bool:
+    """Whether two equations are of one operation, on operands that are the same."""
+    name = left.primitive.name
+    if name != right.primitive.name or len(left.outvars) != len(right.outvars):
+        return False
+    if not _same_operands(left.invars, right.invars, same):
+        return False
+    if name in CALLS:
+        return alike(_called(left).jaxpr, _called(right).jaxpr)
+    if left.params.keys() != right.params.keys():
+        return False
+    for option, mine in left.params.items():
+        theirs = right.params[option]
+        if option in PLACES:
+            continue
+        if isinstance(mine, ClosedJaxpr):
+            if not alike(mine.jaxpr, theirs.jaxpr):
+                return False
+        elif mine is not theirs and str(mine) != str(theirs):
+            return False
+    return True
+
+
+def _same_operands(
+    left: Sequence[Any], right: Sequence[Any], same: dict[Any, Any]
+) -> bool:
+    if len(left) != len(right):
+        return False
+    for mine, theirs in zip(left, right, strict=True):
+        if isinstance(mine, Literal) or isinstance(theirs, Literal):
+            both = isinstance(mine, Literal) and isinstance(theirs, Literal)
+            if not both or str(mine.val) != str(theirs.val):
+                return False
+        elif same.get(mine) is not theirs:
+            return False
+        own = mine.aval
+        if (own.shape, own.dtype) != (theirs.aval.shape, theirs.aval.dtype):
+            return False
+    return True
 
 
 def _inlined(eqn: Any, env: Env) -> list[Any] | None:

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal, scan_counts
-from lepton_jax.planner.rewrite import splash
+from lepton_jax.planner.rewrite import splash, written
 from lepton_jax.planner.rewrite.attention import How, attend
 from lepton_jax.planner.rewrite.program import (
     Env,
@@ -36,6 +36,7 @@ from lepton_jax.planner.rewrite.program import (
     retraced,
     run,
 )
+from lepton_jax.planner.rewrite.written import Written
 
 # Numbers that nobody uses: where the pattern has one, the program has its own.
 ANY_SCALE = 0.12345679
@@ -78,12 +79,14 @@ class Found(NamedTuple):
 
     Attributes:
       result: the variable that holds it.
+      product: the variable that holds the product of shares and values.
       query, key, value: variables.
       segments: a variable, or None.
       causal, scale, behind: as in `attention.How`.
     """
 
     result: Any
+    product: Any
     query: Any
     key: Any
     value: Any
@@ -95,6 +98,26 @@ class Found(NamedTuple):
     def how(self, kernel: str) -> How:
         """Return how a kernel computes it."""
         return How(self.causal, self.scale, kernel, self.behind)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Batch, length, heads and width."""
+        return self.query.aval.shape
+
+    @property
+    def keys(self) -> int:
+        """Number of keys."""
+        return self.key.aval.shape[1]
+
+    def operands(self, env: Env) -> list[Any]:
+        """Return query, key, value and segments."""
+        segments = None if self.segments is None else read(env, self.segments)
+        arrays = (self.query, self.key, self.value)
+        return [*(read(env, variable) for variable in arrays), segments]
+
+    def placed(self, out: Any) -> Any:
+        """Return attention as the program has it."""
+        return out
 
 
 # Variables whose arrays are known while a program is traced.
@@ -122,17 +145,22 @@ def fused(function: Callable, kernel: str) -> Callable:
     return faster
 
 
-def find(jaxpr: Jaxpr, known: Known | None = None) -> Iterator[Found]:
+def find(jaxpr: Jaxpr, known: Known | None = None) -> Iterator[Found | Written]:
     """Iterate over the attention in a program, its calls opened, loops left out."""
     uses = Uses(jaxpr)
+    products = set()
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "reshape":
             found = _attention(eqn.outvars[0], uses, known or {})
             if found is not None:
+                products.add(found.product)
                 yield found
+    for by_hand in written.find(jaxpr, known or {}):
+        if by_hand.result not in products:
+            yield by_hand
 
 
-def find_all(program: ClosedJaxpr) -> list[Found]:
+def find_all(program: ClosedJaxpr) -> list[Found | Written]:
     """Return the attention in a program and its loops, its calls opened."""
     known = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
     return list(_find_all(program.jaxpr, known))
@@ -141,7 +169,7 @@ def find_all(program: ClosedJaxpr) -> list[Found]:
 # ---- internals ----
 
 
-def _find_all(jaxpr: Jaxpr, known: Known) -> Iterator[Found]:
+def _find_all(jaxpr: Jaxpr, known: Known) -> Iterator[Found | Written]:
     yield from find(jaxpr, known)
     eqn: Any
     for eqn in jaxpr.eqns:
@@ -171,19 +199,17 @@ def _replaced(program: ClosedJaxpr, kernel: str, known: Known) -> ClosedJaxpr:
         found = found_at.get(eqn.outvars[0]) if eqn.outvars else None
         if found is None or not _takes(kernel, found):
             return None
-        arrays = [read(env, v) for v in (found.query, found.key, found.value)]
-        segments = None if found.segments is None else read(env, found.segments)
-        return [attend(*arrays, found.how(kernel), segments)]
+        *arrays, segments = found.operands(env)
+        return [found.placed(attend(*arrays, found.how(kernel), segments))]
 
     return retraced(program, rule)
 
 
-def _takes(kernel: str, found: Found) -> bool:
+def _takes(kernel: str, found: Found | Written) -> bool:
     """Whether a kernel computes attention of these lengths."""
     if not kernel.startswith("splash"):
         return True
-    lengths = found.query.aval.shape[1], found.key.aval.shape[1]
-    return splash.takes(*lengths, found.causal)
+    return splash.takes(found.shape[1], found.keys, found.causal)
 
 
 def _attention(result: Any, uses: Uses, known: Known) -> Found | None:
@@ -203,7 +229,7 @@ def _attention(result: Any, uses: Uses, known: Known) -> Found | None:
                 continue
             match = _Match(pattern, uses, known)
             if match.holds(result) and match.ahead >= 0:
-                return match.found(result, kind)
+                return match.found(result, product.outvars[0], kind)
     return None
 
 
@@ -277,12 +303,13 @@ class _Match:
             pending += operands
         return True
 
-    def found(self, result: Any, kind: Kind) -> Found:
+    def found(self, result: Any, product: Any, kind: Kind) -> Found:
         """Return what was found."""
         arrays = [self.bound[v] for v in self.pattern.jaxpr.invars]
         query, key, value, *segments = arrays
         return Found(
             result,
+            product,
             query,
             key,
             value,

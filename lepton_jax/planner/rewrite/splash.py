@@ -146,5 +146,6 @@ def _kernel(queries: Any, keys: Any, how: Any, residuals: bool) -> Any:
         masks.MultiHeadMask([mask] * queries[2]),
         block_sizes=sizes,
         save_residuals=residuals,
+        attn_logits_soft_cap=how.cap,
         interpret=how.kernel.endswith("interpreted"),
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from lepton_jax.errors import PlanError
 from lepton_jax.hardware import Topology
@@ -17,10 +19,12 @@ from lepton_jax.planner.program import products
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.remat import meaning
 from lepton_jax.planner.program.trace import Trace
+from lepton_jax.planner.rewrite.own import OWN_GRADIENT
 from lepton_jax.planner.search import lengths
 from lepton_jax.planner.search.bounds import NOT_KNOWN, Bounds
 from lepton_jax.planner.search.limits import CAUSES
 from lepton_jax.planner.search.masks import has, sample_axes
+from lepton_jax.planner.xla import flags
 from lepton_jax.trees import by_path, nbytes
 
 # what a kernel of attention does, by its name
@@ -38,13 +42,18 @@ KERNELS = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why a search chose an assignment, and what else it found: see `Plan`."""
+    """Why a search chose an assignment, and what else it found: see `Plan`.
+
+    Attributes:
+      flags: XLA's; None: those that are good for the backend.
+    """
 
     objective: str = "time"
     rivals: tuple[Rival, ...] = ()
     reasons: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     bounds: Bounds = NOT_KNOWN
+    flags: Mapping[str, Any] | None = None
 
 
 def build(
@@ -106,15 +115,38 @@ def build(
         collectives=() if estimate is None else _collectives(estimate, axes),
         price_per_hour=topology.price_per_hour,
         rivals=verdict.rivals,
-        reasons={**verdict.reasons, **reasons},
+        reasons={
+            **verdict.reasons,
+            **reasons,
+            **_flag_reasons(_flags(verdict, topology)),
+        },
         notes=(*verdict.notes, *notes),
         peak_least=verdict.bounds.least,
         peak_bound=verdict.bounds.most,
         loss_pieces=trace.forms.loss_pieces,
         attention=trace.forms.attention,
         products=trace.forms.products,
+        experts=trace.forms.experts,
         context=lengths.context(names, assignment),
+        flags=_flags(verdict, topology),
     )
+
+
+def _flags(verdict: Verdict, topology: Topology) -> dict[str, Any]:
+    if verdict.flags is not None:
+        return dict(verdict.flags)
+    return flags.chosen(topology.platform, topology.devices, os.environ)
+
+
+def _flag_reasons(chosen: Mapping[str, Any]) -> dict[str, str]:
+    """Return the decision about XLA's flags, which names all of them."""
+    if not chosen:
+        return {}
+    listed = ", ".join(f"{name}={flags.spelled(v)}" for name, v in chosen.items())
+    return {
+        "XLA flags": f"collectives may run beside products: {listed}; XLA_FLAGS and"
+        " LIBTPU_INIT_ARGS win over them"
+    }
 
 
 def _picked(
@@ -188,6 +220,11 @@ def _feeding_reasons(
     if trace.forms.products:
         decision, why = products.reason(trace.forms.products)
         reasons[decision] = why
+    if trace.forms.experts:
+        reasons["experts without dropped tokens"] = (
+            "each device sorts the tokens that it has by their expert; where experts"
+            " are split, tokens are gathered for them and results summed"
+        )
     pieces = trace.forms.loss_pieces
     if pieces > 1:
         reasons[f"loss in {pieces} pieces"] = (
@@ -218,7 +255,18 @@ def _notes(
     for name, count in names.graph.unknown.items():
         notes.append(
             f"there is no rule for the primitive {name!r} ({count} of them): its"
-            " operands are whole on each device"
+            " operands are whole on each device; lepton.planner.rule says how they may"
+            " be split (docs/kernels.md)"
+        )
+    again = {
+        op.params["own"].rule.name
+        for op in names.graph.operations()
+        if op.name == OWN_GRADIENT and op.params["own"].repeats
+    }
+    for name in sorted(again):
+        notes.append(
+            f"the gradient of {name!r} runs its forward pass again: the dims of what it"
+            " keeps are not known (`saves` of lepton.planner.rule)"
         )
     return [*notes, *trace.tables.hints, *trace.tables.refused]
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from lepton_jax.hardware import across_slices
 from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.program.remat import POLICIES, place
 from lepton_jax.planner.search.limits import (
@@ -182,9 +183,12 @@ def complexity(problem: Problem, assignment: Assignment) -> tuple:
     axes = real_axes(assignment.sizes)
     not_batch = [axis for axis in axes if not has(samples, axis)]
     split_groups = [mask for mask in assignment.masks if mask]
+    across = across_slices(assignment.sizes, problem.topology)
     return (
         assignment.micro_batches,
         place(assignment.remat),
+        # of several slices, the network between them had better only sum gradients
+        assignment.keep & across,
         len(not_batch),
         len(axes),
         len(split_groups),

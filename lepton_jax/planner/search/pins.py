@@ -40,6 +40,7 @@ class Request:
     micro_batches: int | None = None
     time_limit: float | None = LIMIT_SECONDS
     context: str | None = None
+    flags: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Pins:
         split the batch.
       storage: parameter's path to the spec with which it is kept.
       remat, micro_batches, context: None: the search decides.
+      flags: XLA's, as in `Plan`; None: those that are good for the backend.
     """
 
     meshes: tuple[tuple[int, ...], ...] = ()
@@ -62,6 +64,7 @@ class Pins:
     remat: str | None = None
     micro_batches: int | None = None
     context: str | None = None
+    flags: Mapping[str, Any] | None = None
 
     def force(
         self,
@@ -114,6 +117,7 @@ def read(
             remat=request.remat,
             micro_batches=micro_batches,
             context=request.context,
+            flags=request.flags,
         )
 
     _check_mesh(request.mesh, topology, where)
@@ -130,6 +134,7 @@ def read(
         remat=request.remat,
         micro_batches=micro_batches,
         context=request.context,
+        flags=request.flags,
     )
 
 

@@ -14,8 +14,9 @@ rematerialization and is computed once for each.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lepton_jax.hardware import Topology
 from lepton_jax.planner.assignment import Assignment, expert_groups
@@ -35,6 +36,7 @@ from lepton_jax.planner.search.limits import (
 from lepton_jax.planner.search.masks import reordered, split_length
 from lepton_jax.planner.search.pins import Pins
 from lepton_jax.planner.search.roles import Roles
+from lepton_jax.planner.xla import flags
 
 
 class Scored(NamedTuple):
@@ -183,8 +185,17 @@ class Problem:
                 self.names(remat),
                 self.topology,
                 self.sizes(remat),
+                self.flags,
             )
         return self._costs[remat]
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """XLA's flags: those that are pinned, or are good for the backend."""
+        if self.pins.flags is not None:
+            return dict(self.pins.flags)
+        topology = self.topology
+        return flags.chosen(topology.platform, topology.devices, os.environ)
 
     def memory(self, remat: str) -> Memory:
         """Return the model of a device's memory."""

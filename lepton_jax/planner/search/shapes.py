@@ -54,10 +54,27 @@ def meshes(topology: Topology) -> list[Sizes]:
     triples.sort(key=_unlikely)
     likely = [
         (devices,),
+        *_over_slices(topology),
         *pairs[:MOST_PAIRS],
         *triples,
     ]
-    return likely[:MOST_MESHES]
+    return list(dict.fromkeys(likely))[:MOST_MESHES]
+
+
+def _over_slices(topology: Topology) -> Iterator[Sizes]:
+    """Yield meshes whose outer axis is the slices, since the network is slow.
+
+    >>> from lepton_jax.hardware import topology
+    >>> list(_over_slices(topology("2*v5e:2x2")))
+    [(2, 4), (2, 2, 2)]
+    """
+    if topology.slices == 1:
+        return
+    inside = topology.devices // topology.slices
+    yield topology.slices, inside
+    for outer, inner in _pairs(inside):
+        if outer >= inner:
+            yield topology.slices, outer, inner
 
 
 def _pairs(count: int) -> list[tuple[int, int]]:

@@ -1,0 +1,464 @@
+"""Operations that a user brings: what the planner makes of their rules.
+
+A mesh axis splits one named dim of an operation, in all of its arrays, or none. Take
+rows that are normalized, (batch, width) and (width,), of which the width is whole, on a
+mesh axis of two devices:
+
+  rows split by the axis, scale whole     nothing moves
+  rows whole, the result wanted split     each device takes its rows
+  the width split                         rows change hands (all-to-all)
+  gradient of the scale                   the sum of both devices' parts
+
+Of all ways to give the axis to a dim the one is taken that moves the fewest bytes.
+Where some array is split along a dim that may be, the work is always divided.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lepton_jax.planner.program.ragged import RAGGED, is_dense, ragged_flops
+from lepton_jax.planner.rewrite.notation import UNNAMED, Names
+from lepton_jax.planner.rewrite.own import MAPPED, OWN_OPERATIONS, Own, shape_of
+from lepton_jax.planner.rewrite.program import parts
+
+# A mask of mesh axes for each dim
+Spec = tuple[int, ...]
+
+# The name of a dim that a mesh axis called "expert" splits.
+EXPERTS = "experts"
+
+# FLOP of a gradient over those of the operation: one product forward is two backward.
+BACKWARD_BY_FORWARD = 2
+
+
+class Arrays(NamedTuple):
+    """An operation's arrays that have dims.
+
+    Attributes:
+      inputs: number, value and names of each operand that is no literal.
+      results: value and names.
+      sums: for each result, the names of the dims over which it is added up.
+      free: names of the dims that may be split.
+    """
+
+    inputs: tuple[tuple[int, Any, Names], ...]
+    results: tuple[tuple[Any, Names], ...]
+    sums: tuple[frozenset[str], ...]
+    free: tuple[str, ...]
+
+    @classmethod
+    def of(cls, op: Any) -> Arrays:
+        """Return the arrays of an operation with a rule."""
+        own: Own = op.params["own"]
+        given = own.dims()
+        whole = own.whole()
+        inputs = []
+        free: dict[str, None] = {}
+        for number, (value, names) in enumerate(
+            zip(op.inputs, given.inputs, strict=True)
+        ):
+            free.update(dict.fromkeys(n for n in names if n not in whole))
+            if value is not None:
+                inputs.append((number, value, names))
+        results = tuple(zip(op.outputs, given.results, strict=False))
+        sums = tuple(frozenset(free) - set(names) for _, names in results)
+        return cls(tuple(inputs), results, sums, tuple(free))
+
+
+class Choice(NamedTuple):
+    """The split of an operation.
+
+    Attributes:
+      inputs: the spec of each operand, by its number.
+      results: the spec of each result as it comes out, sums added up.
+      sums: for each result, the mesh axes over which it is added up, all of the
+        result on each device.
+      scattered: for each result, the mesh axes over which it is added up of each dim
+        of which a device gets its part.
+      moves: kind, mesh axes, bytes, where, as in `layout.Move`.
+      share: of the work that a device has.
+    """
+
+    inputs: dict[int, Spec]
+    results: tuple[Spec, ...]
+    sums: tuple[int, ...]
+    scattered: tuple[Spec, ...]
+    moves: tuple[tuple[str, int, float, str], ...]
+    share: float
+
+
+def join_own(graph: Any, op: Any) -> None:
+    """Join the dims that have one name; add the workspace to the results."""
+    own: Own = op.params["own"]
+    workspace = [_scratch(graph, op, names) for names in own.workspace()]
+    op.outputs = [*op.outputs, *(value for value in workspace if value is not None)]
+
+    arrays = Arrays.of(op)
+    first: dict[str, int] = {}
+    named = [(value, names) for _, value, names in arrays.inputs]
+    named += list(arrays.results)
+    for value, names in named:
+        for node, name in zip(value.nodes, names, strict=True):
+            if name != UNNAMED:
+                graph.join(node, first.setdefault(name, node))
+    for number, _, names in arrays.inputs:
+        for dim, name in enumerate(names):
+            if name not in arrays.free:
+                op.whole.append((number, dim))
+            elif any(name in sums for sums in arrays.sums):
+                op.reduced.append((number, dim))
+
+
+def expert_nodes(op: Any) -> list[int]:
+    """List the nodes of dims of parameters that a user's rule calls "experts"."""
+    if op.name not in OWN_OPERATIONS:
+        return []
+    nodes = []
+    for value, names in zip(op.inputs, op.params["own"].dims().inputs, strict=True):
+        if value is not None and value.stored is not None and EXPERTS in names:
+            nodes.append(value.nodes[names.index(EXPERTS)])
+    return nodes
+
+
+def decided(layout: Any, op: Any, specs: dict[int, Spec]) -> Choice:
+    """Decide how an operation with a rule is split.
+
+    Args:
+      layout: of the graph.
+      op: the operation.
+      specs: the spec in which each of its operands lies, by number.
+    """
+    arrays = Arrays.of(op)
+    wanted = [layout.spec(value) for value, _ in arrays.results]
+    split: dict[str, int] = {}
+    axes = 0
+    moves: list[Any] = []
+    for axis in range(len(layout.sizes)):
+        bit = 1 << axis
+        options = list(_options(layout, arrays, specs, wanted, split, bit))
+        if any(option.meets for option in options):
+            options = [option for option in options if option.name is not None]
+        name, needed, *_ = min(options, key=lambda option: option.rank)
+        moves += needed
+        if name is not None:
+            split[name] = split.get(name, 0) | bit
+            axes |= bit
+
+    natural = [_spec(names, split) for _, names in arrays.results]
+    scattered = []
+    sums = []
+    results = []
+    for own, goal, over in zip(natural, wanted, arrays.sums, strict=True):
+        mask = _union([split.get(name, 0) for name in over])
+        parts_ = _scattered(own, goal, mask)
+        scattered.append(parts_)
+        sums.append(mask & ~_union(parts_))
+        results.append(tuple(a | b for a, b in zip(own, parts_, strict=True)))
+    return Choice(
+        {number: _spec(names, split) for number, _, names in arrays.inputs},
+        tuple(results),
+        tuple(sums),
+        tuple(scattered),
+        tuple(_merged(moves)),
+        1 / layout.counts[axes],
+    )
+
+
+def added_up(results: list[Any], choice: Choice, mesh: Any) -> list[Any]:
+    """Add up a device's results with those of the others, in `shard_map`.
+
+    Args:
+      results: the device's own.
+      choice: see `decided`.
+      mesh: with the layout's axes, in their order.
+    """
+    names = mesh.axis_names
+    # as XLA's partitioner has it on CPUs, see `estimate.cost.as_compiled`
+    scatters = mesh.devices.flat[0].platform != "cpu"
+    whole = []
+    for x, mask, parts_ in zip(results, choice.sums, choice.scattered, strict=True):
+        for dim, axes in enumerate(parts_):
+            picked = _picked(axes, names)
+            if axes and scatters:
+                x = jax.lax.psum_scatter(x, picked, scatter_dimension=dim, tiled=True)
+            elif axes:
+                x = _own_part(jax.lax.psum(x, picked), picked, dim)
+        whole.append(jax.lax.psum(x, _picked(mask, names)) if mask else x)
+    return whole
+
+
+def _own_part(x: Any, axes: tuple[str, ...], dim: int) -> Any:
+    """Return a device's part of a dim."""
+    size = x.shape[dim] // jax.lax.axis_size(axes)
+    start = jax.lax.axis_index(axes) * size
+    return jax.lax.dynamic_slice_in_dim(x, start, size, dim)
+
+
+# ---- work ----
+
+
+def own_flops(eqn: Any, platform: str = "", merged: bool = False) -> float:
+    """Return the FLOP of an equation with a rule, on whole arrays.
+
+    Args:
+      eqn: the equation.
+      platform: of the backend that computes it; "": as few as the rule needs.
+      merged: whether XLA merges the two runs of a forward pass that the backward pass
+        runs again.
+    """
+    own: Own = eqn.params["own"]
+    shapes = tuple(shape_of(variable.aval) for variable in eqn.invars)
+    flops = _flops(own, shapes, platform)
+    if merged and own.repeats and own.rule.flops[0] is None:
+        flops -= _flops(own.before(), shapes[: len(own.shapes)], platform)
+    return flops
+
+
+def own_bytes(eqn: Any) -> float:
+    """Return the bytes that an equation with a rule reads and writes, whole."""
+    own: Own = eqn.params["own"]
+    shapes = tuple(shape_of(variable.aval) for variable in eqn.invars)
+    given = own.rule.bytes[own.backward] or own.rule.bytes[0]
+    if given is not None:
+        return _times(own, shapes) * float(given(*own.shapes))
+    made = [shape_of(variable.aval) for variable in eqn.outvars]
+    return float(sum(x.size * np.dtype(x.dtype).itemsize for x in (*shapes, *made)))
+
+
+@functools.lru_cache(maxsize=256)
+def _flops(own: Own, shapes: tuple[jax.ShapeDtypeStruct, ...], platform: str) -> float:
+    rule = own.rule
+    forward, backward = rule.flops
+    if own.backward and backward is not None:
+        return _times(own, shapes) * float(backward(*own.shapes))
+    if forward is not None:
+        factor = BACKWARD_BY_FORWARD if own.backward else 1
+        return _times(own, shapes) * factor * float(forward(*own.shapes))
+    program = jax.make_jaxpr(functools.partial(own.run, platform))(*shapes)
+    return traced_flops(program.jaxpr, platform)
+
+
+def hidden_flops(eqn: Any, platform: str) -> float:
+    """Return those FLOP of an equation with a rule that XLA's text does not show.
+
+    Args:
+      eqn: the equation.
+      platform: of the backend; on CPUs kernels are interpreted, and XLA sees their
+        products.
+    """
+    own: Own = eqn.params["own"]
+    shapes = tuple(shape_of(variable.aval) for variable in eqn.invars)
+    program = jax.make_jaxpr(functools.partial(own.run, platform))(*shapes)
+    shown = traced_flops(program.jaxpr, platform, shown=True)
+    return max(0.0, own_flops(eqn, platform) - shown)
+
+
+def traced_flops(jaxpr: Any, platform: str = "", shown: bool = False) -> float:
+    """Return the FLOP of the products of a program.
+
+    A kernel of `pallas` runs once for each point of its grid, unless its
+    `cost_estimate` says how much it computes.
+
+    Args:
+      jaxpr: the program.
+      platform: of the backend that computes it.
+      shown: only the products that XLA's text shows.
+    """
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            terms = math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
+            total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * terms
+            continue
+        hidden = shown and platform != "cpu"
+        if name == RAGGED:
+            dense = bool(platform) and is_dense(eqn, platform)
+            total += 0.0 if hidden and not dense else ragged_flops(eqn, dense)
+            continue
+        times = eqn.params["length"] if name == "scan" else 1
+        if name == "pallas_call":
+            if hidden:
+                continue
+            estimate = eqn.params.get("cost_estimate")
+            if estimate is not None:
+                total += float(estimate.flops)
+                continue
+            times = math.prod(eqn.params["grid_mapping"].grid)
+        total += times * sum(traced_flops(part, platform, shown) for part in parts(eqn))
+    return total
+
+
+def _times(own: Own, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> int:
+    """Return how often a `jax.vmap` around it repeats an operation."""
+    extents: dict[str, int] = {}
+    for names, x in zip(own.dims().inputs, shapes, strict=True):
+        extents.update(zip(names, x.shape, strict=True))
+    return math.prod(n for name, n in extents.items() if name.startswith(MAPPED))
+
+
+# ---- internals ----
+
+
+def _scratch(graph: Any, op: Any, names: Names) -> Any:
+    """Return a value for an array that an operation needs while it runs."""
+    extents: dict[str, tuple[int, int]] = {}
+    given = op.params["own"].dims()
+    for value, own in zip(op.inputs, given.inputs, strict=True):
+        if value is not None:
+            dims = zip(value.shape, value.nodes, strict=True)
+            extents.update(zip(own, dims, strict=True))
+    if not set(names) <= extents.keys():
+        return None
+    value = graph.scratch(tuple(extents[name][0] for name in names))
+    for node, name in zip(value.nodes, names, strict=True):
+        graph.join(node, extents[name][1])
+    return value
+
+
+class _Option(NamedTuple):
+    """A way to give a mesh axis to a dim.
+
+    Attributes:
+      name: of the dim; None: the axis splits nothing, and all its devices do the same.
+      moves: what this takes.
+      meets: arrays that are split so already.
+      rank: the best option has the lowest.
+    """
+
+    name: str | None
+    moves: list[Any]
+    meets: int
+    rank: tuple[float, int]
+
+
+def _options(
+    layout: Any,
+    arrays: Arrays,
+    specs: dict[int, Spec],
+    wanted: list[Spec],
+    split: dict[str, int],
+    bit: int,
+) -> Iterator[_Option]:
+    """Yield each way to give a mesh axis to a dim, or to none."""
+    for name in (*arrays.free, None):
+        if name is not None and not _divides(layout, arrays, name, split, bit):
+            continue
+        moves: list[Any] = []
+        meets = 0
+        for number, value, names in arrays.inputs:
+            here = _place(specs[number], bit)
+            there = names.index(name) if name in names else None
+            meets += name is not None and here is not None and here == there
+            size = layout.bytes(value, specs[number])
+            moves += _moves_of(layout, here, there, bit, size, f"input {number}")
+        triples = zip(arrays.results, arrays.sums, wanted, strict=True)
+        for number, ((value, names), sums, goal) in enumerate(triples):
+            where = f"out/{number}"
+            here = names.index(name) if name in names else None
+            there = _place(goal, bit)
+            meets += name is not None and here is not None and here == there
+            size = layout.bytes(value, goal)
+            if name in sums:
+                moves += _sum_of(layout, there, bit, size, where)
+            else:
+                moves += _result_moves(layout, here, there, bit, size, where)
+        cost = sum(_weight(layout, move) for move in moves)
+        yield _Option(name, moves, meets, (cost, -meets if name is not None else 1))
+
+
+def _divides(
+    layout: Any, arrays: Arrays, name: str, split: dict[str, int], bit: int
+) -> bool:
+    count = layout.counts[split.get(name, 0) | bit]
+    every = [(value, names) for _, value, names in arrays.inputs]
+    for value, names in (*every, *arrays.results):
+        if name in names and value.shape[names.index(name)] % count:
+            return False
+    return True
+
+
+def _moves_of(
+    layout: Any, here: int | None, there: int | None, bit: int, size: float, where: str
+) -> list[Any]:
+    """List the move of an operand whose dim `here` is split, to a split of `there`."""
+    if here is None or here == there:
+        return []
+    if there is None:
+        return [("all-gather", bit, size * layout.counts[bit], where)]
+    return [("all-to-all", bit, size, where)]
+
+
+def _result_moves(
+    layout: Any, here: int | None, there: int | None, bit: int, size: float, where: str
+) -> list[Any]:
+    """List the move of a result, of which a device is to have `size` bytes."""
+    if here is None or here == there:
+        return []
+    if there is None:
+        return [("all-gather", bit, size, where)]
+    return [("all-to-all", bit, size, where)]
+
+
+def _sum_of(
+    layout: Any, there: int | None, bit: int, size: float, where: str
+) -> list[Any]:
+    if there is None:
+        return [("all-reduce", bit, size, where)]
+    return [("reduce-scatter", bit, size * layout.counts[bit], where)]
+
+
+def _weight(layout: Any, move: Any) -> float:
+    """Return the bytes that a move sends, as `layout._weight` has them."""
+    kind, bit, size, _ = move
+    if kind == "all-reduce":
+        return 2 * size
+    return size / layout.counts[bit] if kind == "all-to-all" else size
+
+
+def _merged(moves: list[Any]) -> Iterator[Any]:
+    """Yield moves; those of one kind of one array are one, over all their axes."""
+    merged: dict[tuple[str, str], tuple[int, float]] = {}
+    for kind, bit, size, where in moves:
+        mask, before = merged.get((kind, where), (0, 0.0))
+        merged[kind, where] = (mask | bit, max(size, before))
+    for (kind, where), (mask, size) in merged.items():
+        yield kind, mask, size, where.partition("/")[0]
+
+
+def _spec(names: Names, split: dict[str, int]) -> Spec:
+    return tuple(split.get(name, 0) for name in names)
+
+
+def _place(spec: Spec, bit: int) -> int | None:
+    for dim, mask in enumerate(spec):
+        if mask & bit:
+            return dim
+    return None
+
+
+def _scattered(own: Spec, goal: Spec, sums: int) -> Spec:
+    """Return the axes of a sum of which each dim's parts are wanted apart."""
+    return tuple(
+        mask if mask and not here and mask & ~sums == 0 else 0
+        for here, mask in zip(own, goal, strict=True)
+    )
+
+
+def _union(masks: Any) -> int:
+    union = 0
+    for mask in masks:
+        union |= mask
+    return union
+
+
+def _picked(mask: int, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for axis, name in enumerate(names) if mask >> axis & 1)

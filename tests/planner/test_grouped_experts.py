@@ -1,0 +1,270 @@
+"""Mixtures of experts that drop no token, on one device and on several."""
+
+from __future__ import annotations
+
+import doctest
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lepton_jax as lepton
+from lepton_jax import losses, models
+from lepton_jax.models import moe
+from lepton_jax.planner.program import named, ragged
+from lepton_jax.planner.program.graph import Graph
+from lepton_jax.planner.rewrite import experts
+from lepton_jax.planner.search import build
+from lepton_jax.train.program import Program
+from lepton_jax.verify.comparison import verify
+
+RTOL = 1e-5
+BATCH, LENGTH = 8, 6
+SHAPE = {"vocab": 32, "dim": 16, "layers": 1, "heads": 2, "hidden": 24, "experts": 8}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_quickly(quick_compilation):
+    """Spend no time on fast programs."""
+
+
+@pytest.fixture(autouse=True)
+def small_arrays_split(monkeypatch):
+    monkeypatch.setattr(named, "SMALL", 0)
+
+
+def test_the_examples_of_experts_hold():
+    assert doctest.testmod(experts).failed == 0
+
+
+# ---- what it computes ----
+
+
+def token_by_token(x, choices, gates, gate, up, down):
+    """Return the sum of each token's experts, each computed for all tokens."""
+    total = jnp.zeros_like(x)
+    for expert in range(gate.shape[0]):
+        out = (jax.nn.silu(x @ gate[expert]) * (x @ up[expert])) @ down[expert]
+        weight = jnp.where(choices == expert, gates, 0).sum(-1, keepdims=True)
+        total = total + weight * out
+    return total
+
+
+def arrays(tokens=(3, 5), chosen=2, count=4):
+    keys = jax.random.split(jax.random.key(0), 6)
+    kernels = [(count, 6, 7), (count, 6, 7), (count, 7, 6)]
+    x = jax.random.normal(keys[0], (*tokens, 6))
+    scores = jax.random.normal(keys[1], (*tokens, count))
+    gates, choices = jax.lax.top_k(jax.nn.softmax(scores), chosen)
+    pairs = zip(keys[2:], kernels, strict=False)
+    return [x, choices, gates, *(jax.random.normal(k, shape) for k, shape in pairs)]
+
+
+def with_gradients(function, x, choices, *rest):
+    def loss(x, *rest):
+        return jnp.sin(function(x, choices, *rest)).sum()
+
+    every = tuple(range(len(rest) + 1))
+    return jax.tree.leaves(jax.jit(jax.value_and_grad(loss, every))(x, *rest))
+
+
+@pytest.mark.parametrize("tokens", ((3, 5), (1,)))
+def test_experts_compute_what_a_formula_for_each_token_does(tokens):
+    given = arrays(tokens)
+
+    pairs = zip(
+        with_gradients(token_by_token, *given),
+        with_gradients(moe.chosen_experts, *given),
+        strict=True,
+    )
+    for known, found in pairs:
+        limit = RTOL * max(1.0, float(jnp.abs(known).max()))
+        np.testing.assert_allclose(found, known, rtol=0, atol=limit)
+
+
+def test_no_token_is_dropped_where_all_choose_one_expert():
+    x, choices, gates, *kernels = arrays(chosen=1)
+    choices = jnp.full_like(choices, 2)
+
+    found = moe.chosen_experts(x, choices, gates, *kernels)
+
+    known = token_by_token(x, choices, gates, *kernels)
+    np.testing.assert_allclose(found, known, rtol=RTOL, atol=RTOL)
+
+
+def test_the_kernel_for_tpus_gives_the_same_gradients():
+    *given, numbers = *arrays(), jnp.arange(4)
+
+    def both(platform):
+        def run(*arrays):
+            return experts.mixture.__wrapped__(*arrays, numbers, platform=platform)
+
+        return with_gradients(run, *given)
+
+    for known, found in zip(both(""), both("interpreted"), strict=True):
+        limit = RTOL * max(1.0, float(jnp.abs(known).max()))
+        np.testing.assert_allclose(found, known, rtol=0, atol=limit)
+
+
+def test_parts_of_the_experts_add_up_to_all():
+    given = arrays()
+    kernels = given[3:]
+
+    parts = [
+        moe.grouped_experts(
+            *given[:3], *(k[i : i + 2] for k in kernels), jnp.arange(i, i + 2)
+        )
+        for i in (0, 2)
+    ]
+
+    known = moe.chosen_experts(*given)
+    np.testing.assert_allclose(parts[0] + parts[1], known, rtol=RTOL, atol=RTOL)
+
+
+def test_enough_capacity_is_as_good_as_none():
+    from flax import nnx
+
+    layer = moe.Experts(8, 12, 4, chosen=2, capacity=4.0, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, 6, 8))
+
+    with_slots = layer(x)
+    layer.capacity = None
+
+    np.testing.assert_allclose(layer(x), with_slots, rtol=1e-4, atol=RTOL)
+
+
+# ---- on several devices ----
+
+
+def batches():
+    x = np.random.default_rng(0).integers(0, 32, (2, BATCH, LENGTH + 1), np.int32)
+    return x[..., :-1], x[..., 1:]
+
+
+def traced(**more):
+    recipe = lepton.Recipe(
+        model=partial(models.MoELM, **SHAPE, capacity=None, **more),
+        loss=losses.cross_entropy,
+        optimizer=optax.sgd(0.5),
+        batch_size=BATCH,
+        steps_per_call=1,
+    )
+    return lepton.trace(recipe, *(x[0] for x in batches()))
+
+
+def trained(trace, plan):
+    devices = jax.devices()[: math.prod(plan.mesh.values())]
+    program = Program(trace, plan, devices)
+    state = program.init(0)
+    values = []
+    for step in range(2):
+        batch = jax.tree.map(lambda x, step=step: x[step], batches())
+        batch = jax.device_put(batch, program.block_sharding)
+        state, records = program.train(state, batch, 0, 1)
+        values.append(float(records[0, 0]))
+    return values
+
+
+def planned(trace, sizes, masks, keep=0, remat="none"):
+    where = lepton.topology(f"cpu:{math.prod(sizes)}")
+    trace = trace.on(where)
+    names = named.Names(trace.gradient(remat), trace.arguments)
+    known = [group.name for group in names.groups]
+    ends = {"experts": "feed_forward/up.0", "hidden": "feed_forward/up.2"}
+    chosen = {}
+    for what, mask in masks.items():
+        end = ends.get(what, what)
+        chosen[next(name for name in known if name.endswith(end))] = mask
+    assignment = build.by_hand(trace, sizes, chosen, keep, remat)
+    return trace, build.fixed(trace, where, assignment)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    recipe = traced().recipe
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moe, "chosen_experts", token_by_token)
+        trace = lepton.trace(recipe, *(x[0] for x in batches()))
+        return trained(*planned(trace, (1,), {}))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "masks", "keep", "remat"),
+    [
+        ((1,), {}, 0, "none"),
+        ((8,), {"batch": 1}, 1, "dots"),
+        ((8,), {"batch": 1, "experts": 1}, 0, "none"),
+        ((2, 4), {"batch": 3, "experts": 2}, 1, "full"),
+        ((4, 2), {"batch": 1, "hidden": 2}, 0, "none"),
+    ],
+    ids=["one device", "fsdp", "experts", "fsdp and experts", "hidden units"],
+)
+def test_experts_on_several_devices_train_as_the_formula(
+    sizes, masks, keep, remat, expected
+):
+    trace, plan = planned(traced(), sizes, masks, keep, remat)
+
+    assert plan.experts
+    np.testing.assert_allclose(trained(trace, plan), expected, rtol=RTOL)
+
+
+def test_the_plan_says_that_no_token_is_dropped_and_is_kept(tmp_path):
+    _, plan = planned(traced(), (1,), {})
+
+    assert "experts without dropped tokens" in str(plan)
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    assert lepton.Plan.load(path).experts
+
+
+def test_samples_do_not_meet_in_experts():
+    from lepton_jax.planner.program import interaction
+
+    assert interaction.where_samples_of_a_step_meet(traced()) is None
+
+
+def test_a_function_of_the_same_name_is_no_mixture():
+    @jax.jit
+    def chosen_experts(x, *_):
+        return x
+
+    assert not experts.has_mixture(jax.make_jaxpr(chosen_experts)(*arrays()).jaxpr)
+
+
+def test_xla_sends_what_is_planned_for_experts():
+    trace = traced().on(lepton.topology("cpu:8"))
+    plan = lepton.plan(trace, lepton.topology("cpu:8"), mesh={"expert": 8})
+    assert plan.experts
+
+    found = verify(trace, plan)
+
+    assert not found.unexpected and not found.absent
+    assert found.flops == pytest.approx(plan.flops, rel=0.05)
+
+
+# ---- grouped products ----
+
+
+def test_grouped_products_have_named_axes_and_flops():
+    def loss(x, w, sizes):
+        return jax.lax.ragged_dot(x, w, sizes).sum()
+
+    x, w = jnp.ones((8, 4)), jnp.ones((3, 4, 5))
+    sizes = jnp.array([2, 3, 3])
+    graph = Graph(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, w, sizes), 2, 2)
+    found = [op for op in graph.operations() if op.name == ragged.RAGGED]
+
+    assert not graph.unknown
+    by_shape = {op.outputs[0].shape: op for op in found}
+    of_kernels = by_shape[3, 4, 5]
+    inputs = graph.main.inputs
+    for dim in (1, 2):
+        left = graph.find(of_kernels.outputs[0].nodes[dim])
+        assert left == graph.find(inputs[1].nodes[dim])
+    for op in found:
+        assert ragged.ragged_flops(op.eqn) == 2 * 8 * 4 * 5
+        assert ragged.ragged_flops(op.eqn, dense=True) == 3 * 2 * 8 * 4 * 5
