@@ -246,8 +246,8 @@ class MoELM(Decoder):
     dropped tokens in long runs.
 
     Args:
-      vocab: as in `TransformerLM`; also dim, layers, heads, kv_heads, tied, theta, loop
-        and rngs.
+      vocab: as in `TransformerLM`; also dim, layers, heads, kv_heads, tied, theta,
+        loop, query_key_norm and rngs.
       hidden: width of an expert. None: 8/3 of dim, rounded up to a multiple of 64.
       experts: as in `Experts`; also chosen, capacity and group.
     """
@@ -268,6 +268,7 @@ class MoELM(Decoder):
         tied: bool = False,
         theta: float = 10_000.0,
         loop: Literal["unrolled", "scan"] = "unrolled",
+        query_key_norm: bool = False,
         rngs: nnx.Rngs,
     ):
         width = usual_hidden(dim) if hidden is None else hidden
@@ -292,6 +293,7 @@ class MoELM(Decoder):
             tied=tied,
             theta=theta,
             loop=loop,
+            query_key_norm=query_key_norm,
             feed_forward=feed_forward,
             rngs=rngs,
         )

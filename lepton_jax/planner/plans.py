@@ -19,6 +19,7 @@ from lepton_jax.compat import make_mesh, ordered_effect, source_line
 from lepton_jax.errors import PlanError
 from lepton_jax.planner.program.graph import Graph
 from lepton_jax.planner.program.layout import Layout, meets_stored
+from lepton_jax.planner.program.products import kind_of
 from lepton_jax.planner.program.staged import layers_of_stages, samples_of_parts
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.planner.rewrite import Forms, Stages
@@ -39,6 +40,7 @@ SINCE = {
     "stage_parts",
     "stage_chunks",
     "stage_groups",
+    "products",
     "experts",
     "context",
     "flags",
@@ -184,6 +186,8 @@ class Plan:
       stage_parts: micro-batches that are in flight in the pipeline.
       stage_chunks: runs of layers of each stage.
       stage_groups: runs of samples that have micro-batches of their own.
+      products: how large kernels are multiplied: "fp8", "int8", "int8 as float32" where
+        float32 emulates it, ...; "": in the dtype that the model computes in.
       experts: whether each device sorts the tokens that it has by their expert, in
         mixtures that drop none.
       flags: XLA's options of the compiled step, by name; those that this XLA does not
@@ -225,6 +229,7 @@ class Plan:
     stage_parts: int = 1
     stage_chunks: int = 1
     stage_groups: int = 1
+    products: str = ""
     experts: bool = False
     context: str = ""
     flags: dict[str, Any] = field(default_factory=dict)
@@ -283,7 +288,13 @@ class Plan:
     @property
     def forms(self) -> Forms:
         """The forms in which the loss is computed."""
-        return Forms(self.loss_pieces, self.attention, self.experts, self.pipeline)
+        return Forms(
+            self.loss_pieces,
+            self.attention,
+            self.experts,
+            self.pipeline,
+            self.products,
+        )
 
     @property
     def pipeline(self) -> Stages:
@@ -413,6 +424,7 @@ class Plan:
                 remedy="set the recipe's batch_size, or plan anew",
             )
 
+        self._check_products(trace, where)
         planned = {array.path: array.shape for array in self.arrays}
         traced = _shapes(trace.state)
         if self.batch and trace.inputs is not None:
@@ -436,6 +448,18 @@ class Plan:
                 ),
             )
         check_effects(trace, math.prod(self.mesh.values()))
+
+    def _check_products(self, trace: Trace, where: object) -> None:
+        """Check that large kernels are multiplied as the recipe asks."""
+        asked = kind_of(trace.recipe.precision)
+        planned = kind_of(self.products)
+        if asked != planned:
+            raise PlanError(
+                f"the plan is for {planned or 'bfloat16'} products, and the recipe"
+                f" asks for {asked or trace.recipe.precision}",
+                where=where,
+                remedy="set the recipe's precision, or plan anew",
+            )
 
     # ---- on disk ----
 

@@ -48,6 +48,7 @@ from lepton_jax.planner import (
 )
 from lepton_jax.planner.xla import flags
 from lepton_jax.step.embeddings import Rows, cast_late, compacted
+from lepton_jax.step.optimizers import divided_over
 from lepton_jax.step.state import State
 from lepton_jax.step.training_loss import (
     ARGUMENTS,
@@ -742,15 +743,16 @@ class Program:
         before = Pieces(state.params, state.variables, state.optimizer)
 
         def update() -> tuple[Pieces, Any, dict[str, Any]]:
-            return self.controller.update(
-                state.step,
-                state.controller,
-                before,
-                variables,
-                gradients,
-                values,
-                squares,
-            )
+            with divided_over(self.mesh):
+                return self.controller.update(
+                    state.step,
+                    state.controller,
+                    before,
+                    variables,
+                    gradients,
+                    values,
+                    squares,
+                )
 
         def leave() -> tuple[Pieces, Any, dict[str, Any]]:
             record = jax.eval_shape(update)[2]
@@ -878,6 +880,7 @@ class Program:
             self.plan.micro_batches,
             around,
         )
+        traced = self.plan.forms.after(traced)
         if self._is_rewritten:
             traced = rewrite.rewritten(traced)
         gradient = laid_out(

@@ -52,6 +52,9 @@ from lepton_jax.planner.estimate.attention import (
 from lepton_jax.planner.estimate.equal import repeated
 from lepton_jax.planner.estimate.jobs import Job, Jobs, sum_shares
 from lepton_jax.planner.estimate.motion import Motion, moved_value
+from lepton_jax.planner.estimate.orthogonal import Work as OrthogonalWork
+from lepton_jax.planner.estimate.orthogonal import stack_moves
+from lepton_jax.planner.estimate.orthogonal import work as orthogonal_work
 from lepton_jax.planner.estimate.reads import moved_before
 from lepton_jax.planner.estimate.rows import row_moves
 from lepton_jax.planner.estimate.sizes import Sizes
@@ -187,6 +190,7 @@ class Cost:
             self._kernels = cpu.kernel_seconds(self.graph)
         self._optimizer = optimizer_bytes(trace, names)
         self._trace = trace
+        self._orthogonals: dict[int, OrthogonalWork] = {}
         self._memo: dict[tuple, Work] = {}
         self._mesh: tuple[int, ...] = ()
         self._links: list[Link] = []
@@ -234,11 +238,9 @@ class Cost:
                 if causes:
                     _note(ledger, move, job)
 
-        rows = row_moves(self._trace, layout.storage, layout.counts)
-        for number, moved in enumerate(rows, len(self.jobs)):
-            shown[number, moved.kind, moved.axes, 1] += moved.bytes
-            if causes:
-                _enter(ledger, moved.kind, moved.axes, 1, moved.bytes, moved.path)
+        self._add_state_moves(layout, shown, ledger if causes else None)
+        orthogonal = self._orthogonal(layout)
+        flops += orthogonal.flops
 
         # Collectives read and write the memory, besides sending.
         sent = [*shown.items(), *hidden.items()]
@@ -253,7 +255,7 @@ class Cost:
             "matmul": compute,
             "memory": memory,
             "communication": waiting,
-            "optimizer": self._update(layout),
+            "optimizer": self._update(layout) + orthogonal.seconds,
         }
         return Estimate(seconds, flops, ledger)
 
@@ -373,6 +375,41 @@ class Cost:
         if self.topology.platform == "cpu":
             rate *= cpu.IN_PLACE
         return moved / rate
+
+    def _add_state_moves(
+        self,
+        layout: Layout,
+        shown: Joined,
+        ledger: Ledger | None,
+    ) -> None:
+        """Add collectives that move parts of the state: rows, and Muon's matrices.
+
+        Args:
+          layout: how the program is split.
+          shown: joined collectives, which are added to.
+          ledger: likewise; None: nobody asks for causes.
+        """
+        moves = [
+            (row.kind, row.axes, 1, row.bytes, row.path)
+            for row in row_moves(self._trace, layout.storage, layout.counts)
+        ]
+        moves += [
+            (stack.kind, stack.axes, stack.runs, stack.bytes, "Muon")
+            for stack in stack_moves(self._trace, layout.storage, layout.counts)
+        ]
+        for number, (kind, axes, runs, size, cause) in enumerate(moves, len(self.jobs)):
+            shown[number, kind, axes, runs] += size
+            if ledger is not None:
+                _enter(ledger, kind, axes, runs, size * runs, cause)
+
+    def _orthogonal(self, layout: Layout) -> OrthogonalWork:
+        """Return the products of Muon on one device."""
+        devices = layout.counts[-1]
+        if devices not in self._orthogonals:
+            self._orthogonals[devices] = orthogonal_work(
+                self._trace, self.chip, devices
+            )
+        return self._orthogonals[devices]
 
     # ---- one job ----
 

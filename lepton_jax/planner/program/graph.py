@@ -45,6 +45,7 @@ from typing import Any
 from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal, scan_counts
 from lepton_jax.planner.program.rules import ELEMENTWISE, RULES, unknown
 from lepton_jax.planner.program.staged import IN_PART, Samples, behind
+from lepton_jax.planner.rewrite.eight_bits import GRADIENT
 from lepton_jax.planner.rewrite.stage_moves import LAYERS, LAYERS_BACK
 
 # Calls are inlined: primitive name to the parameter that holds the jaxpr of the call.
@@ -86,6 +87,9 @@ KEEPING = {
     LAYERS,
     LAYERS_BACK,
 }
+
+# What is between the sums of a product of 8 bits and its result.
+SCALING = {"name", "mul", "convert_element_type"}
 
 # Elements from which on a loop's constant is computed in the loop (see `_sink`).
 # Assumption: below, a copy in memory costs less than computing it at each step.
@@ -818,10 +822,12 @@ def _entering(
 
 
 def _spread_gradients(region: Region) -> None:
+    scaled: set[int] = set()
     for operation in reversed(region.operations):
         for index, target in enumerate(operation.outputs):
             if target.stored is not None:
                 _store_sources(operation, index, target)
+                _store_sums(operation, target, scaled)
         for inside in operation.regions:
             _spread_gradients(inside)
 
@@ -853,6 +859,24 @@ def _store_sources(
                 _store(source, target.stored)
     elif operation.name == "scan":
         _store_in_loop(operation, index, target.stored)
+
+
+def _store_sums(operation: Operation, target: Value, scaled: set[int]) -> None:
+    """Set `stored` on the sums of a product of 8 bits, which are scaled afterwards.
+
+    Args:
+      operation: makes a stored value.
+      target: the value.
+      scaled: indices of values between such sums and the gradient; added to.
+    """
+    is_gradient = operation.name == "name" and operation.params["name"] == GRADIENT
+    if not is_gradient and target.index not in scaled:
+        return
+    source = operation.inputs[0]
+    if source is not None and operation.name in SCALING:
+        assert target.stored is not None
+        _store(source, target.stored)
+        scaled.add(source.index)
 
 
 def _store_in_loop(

@@ -23,6 +23,7 @@ from lepton_jax.planner import rewrite
 from lepton_jax.planner.patience import Patience
 from lepton_jax.planner.program.graph import Graph
 from lepton_jax.planner.program.keeping import Kept
+from lepton_jax.planner.program.products import products_on
 from lepton_jax.planner.program.ragged import RAGGED, ragged_flops
 from lepton_jax.planner.program.remat import keepable, rematerialized
 from lepton_jax.planner.program.ruled import own_flops
@@ -110,6 +111,7 @@ class Trace:
                 topology.platform,
                 topology.devices,
                 self.recipe.micro_batches or micro_batches,
+                products_on(self.recipe.precision, topology.device),
             )
         if (rewritten, forms) == (self.rewritten, self.forms):
             return self
@@ -185,6 +187,7 @@ class Trace:
             micro_batches=1,
             around=around,
         )
+        gradient = self.forms.after(gradient)
         if self.rewritten:
             gradient = rewrite.rewritten(gradient)
         knobs = self.controller.forward_knobs(state.controller)

@@ -15,6 +15,7 @@ from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.estimate import feeding
 from lepton_jax.planner.estimate.cost import Estimate
 from lepton_jax.planner.plans import ArrayPlan, Axis, Collective, Plan, Rival
+from lepton_jax.planner.program import products
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.remat import meaning
 from lepton_jax.planner.program.trace import Trace
@@ -86,6 +87,7 @@ def build(
     steps, _ = feeding.steps_per_call(trace, topology)
     reasons = _feeding_reasons(trace, topology, assignment)
     notes = _notes(trace, names, assignment)
+    notes += products.notes(trace.forms.products, topology.device)
     return Plan(
         topology=topology.name,
         objective=verdict.objective,
@@ -128,6 +130,7 @@ def build(
         stage_parts=trace.forms.stages.parts,
         stage_chunks=trace.forms.stages.chunks,
         stage_groups=trace.forms.stages.groups,
+        products=trace.forms.products,
         experts=trace.forms.experts,
         context=lengths.context(names, assignment),
         flags=_flags(verdict, topology),
@@ -219,6 +222,9 @@ def _feeding_reasons(
     kernel = trace.forms.attention
     if kernel:
         reasons[f"attention {kernel}"] = KERNELS[kernel]
+    if trace.forms.products:
+        decision, why = products.reason(trace.forms.products)
+        reasons[decision] = why
     if trace.forms.experts:
         reasons["experts without dropped tokens"] = (
             "each device sorts the tokens that it has by their expert; where experts"
