@@ -44,6 +44,8 @@ from typing import Any
 
 from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal, scan_counts
 from lepton_jax.planner.program.rules import ELEMENTWISE, RULES, unknown
+from lepton_jax.planner.program.staged import IN_PART, Samples, behind
+from lepton_jax.planner.rewrite.stage_moves import LAYERS, LAYERS_BACK
 
 # Calls are inlined: primitive name to the parameter that holds the jaxpr of the call.
 CALLS = {
@@ -81,16 +83,15 @@ KEEPING = {
     "transpose",
     "stop_gradient",
     "copy_p",
+    LAYERS,
+    LAYERS_BACK,
 }
 
 # Elements from which on a loop's constant is computed in the loop (see `_sink`).
 # Assumption: below, a copy in memory costs less than computing it at each step.
 WORTH_SINKING = 2**16
 
-# Behind a dim that has some of the rows of a parameter's.
-IN_PART = -1
-
-# (number of a parameter, the parameter's dim behind each dim of the value)
+# (number of a parameter, the parameter's dim behind each dim of the value, or IN_PART)
 Stored = tuple[int, tuple[int, ...]]
 
 
@@ -240,6 +241,7 @@ class Graph:
       unknown: primitive name to count, for the primitives without a rule.
       pieces: node of a grouped convolution's channels to the number of groups, none of
         which can be split.
+      samples: the samples of a batch and of a pipeline's micro-batch, if there is one.
       lasting: indices of the stored values that live from the forward pass to the
         backward pass.
     """
@@ -259,6 +261,7 @@ class Graph:
         self.stepping: list[tuple[Operation, int]] = []
         self.unknown: dict[str, int] = {}
         self.pieces: dict[int, int] = {}
+        self.samples: Samples | None = None
 
         # values that only positions decide, with what computes them; None for constants
         self._positional: dict[int, Operation | None] = {}
@@ -764,6 +767,8 @@ def _store_outputs(operation: Operation) -> None:
         index, dims = source.stored
         if operation.name == "transpose":
             dims = tuple(dims[d] for d in operation.params["permutation"])
+        elif operation.name == LAYERS:
+            index, dims = behind(LAYERS, source.stored)
         target.stored = (index, dims)
 
 
@@ -834,6 +839,8 @@ def _store_sources(
         if operation.name == "transpose":
             order = operation.params["permutation"]
             dims = tuple(dims[order.index(d)] for d in range(len(order)))
+        elif operation.name == LAYERS_BACK:
+            parameter, dims = behind(LAYERS_BACK, target.stored)
         _store(source, (parameter, dims))
     elif operation.name == "pad":
         part = operation.inputs[0]

@@ -15,7 +15,10 @@ from typing import Any
 
 from lepton_jax.compat import ClosedJaxpr, Jaxpr
 from lepton_jax.planner.rewrite import experts, head, softmax, splash
+from lepton_jax.planner.rewrite.pipeline import NO_STAGES, Stages
 from lepton_jax.planner.rewrite.program import opened, parts
+from lepton_jax.planner.rewrite.stages import in_stages
+from lepton_jax.step.training_loss import ARGUMENTS
 
 # Bytes of logits in float32 that a device may hold at once. Assumption: a hundredth of
 # the memory of the chips that train language models (v5p 95 GiB, H200 141 GB).
@@ -42,6 +45,8 @@ LEAST_LENGTH = {"cpu": 256, "tpu": 512, "gpu": 1024}
 # Bytes of scores in float32 on a device from which a GPU computes attention in blocks.
 # Assumption: blocks cost more kernels, and save what scores take.
 MOST_SCORES = 2**30
+# Numbers of a training loss's arguments that hold samples.
+SAMPLES = tuple(ARGUMENTS.index(name) for name in ("inputs", "targets"))
 
 
 @dataclass(frozen=True)
@@ -53,14 +58,16 @@ class Forms:
       attention: the kernel that computes attention, as in `attention.How`; "": the
         model's own operations.
       experts: whether mixtures that drop no token are operations with a rule.
+      stages: the pipeline of a stack of equal layers.
     """
 
     loss_pieces: int = 1
     attention: str = ""
     experts: bool = False
+    stages: Stages = NO_STAGES
 
     def of(self, loss: Callable) -> Callable:
-        """Return a training loss in these forms."""
+        """Return a training loss in these forms, but for the pipeline."""
         return head.in_pieces(self.of_model(loss), self.loss_pieces)
 
     def of_model(self, function: Callable) -> Callable:
@@ -112,7 +119,7 @@ def logits_bytes(elements: int, devices: int) -> float:
 
 
 def _in_turn(forms: Forms, remade: Callable, loss: Callable) -> Callable:
-    return remade(forms.of(loss))
+    return in_stages(remade(forms.of(loss)), forms.stages, SAMPLES)
 
 
 def _loss_pieces(
