@@ -181,8 +181,11 @@ def added_up(results: list[Any], choice: Choice, mesh: Any) -> list[Any]:
       mesh: with the layout's axes, in their order.
     """
     names = mesh.axis_names
-    # as XLA's partitioner has it on CPUs, see `estimate.cost.as_compiled`
-    scatters = mesh.devices.flat[0].platform != "cpu"
+    # On CPUs as XLA's partitioner has it, see `estimate.cost.as_compiled`. On TPUs XLA
+    # forms reduce-scatters itself; libtpu 0.0.42 fails on some that it is given
+    # ("subgroup_size == 1 || shard_count == subgroup_size": `tools/plan.py
+    # recipes/lm.py --size 8b --experts 32 --dropless --on v5p:4x4x8 --verify`).
+    scatters = mesh.devices.flat[0].platform not in ("cpu", "tpu")
     whole = []
     for x, mask, parts_ in zip(results, choice.sums, choice.scattered, strict=True):
         for dim, axes in enumerate(parts_):

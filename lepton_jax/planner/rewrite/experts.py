@@ -64,9 +64,10 @@ DIMS = (
 
 
 # The rows of tokens, and of hidden units, that are there at once in the backward pass:
-# gates, products and their slopes. Seen in what libtpu 0.0.42 holds (`tools/plan.py
-# recipes/lm.py --size 1b --experts 8 --dropless --on v5p:2x2x2 --verify`).
-WORKSPACE = ", ".join(3 * ["... chosen hidden"] + 2 * ["... chosen dim"])
+# gates, products, their slopes, and copies. Seen in what libtpu 0.0.42 holds: four of
+# hidden units at 1b with 8 experts on v5p:2x2x2, five at 8b with 32 on v5p:4x4x8
+# (`tools/plan.py recipes/lm.py --size 8b --experts 32 --dropless --verify`).
+WORKSPACE = ", ".join(5 * ["... chosen hidden"] + 3 * ["... chosen dim"])
 
 
 @rule(DIMS, whole="dim chosen", summed="experts hidden", workspace=WORKSPACE)
