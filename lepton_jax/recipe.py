@@ -12,7 +12,7 @@ import numpy as np
 from lepton_jax import losses
 from lepton_jax.errors import RecipeError, nearest
 
-PRECISIONS = ("float32", "bfloat16", "float16")
+PRECISIONS = ("float32", "bfloat16", "float16", "fp8", "int8")
 # Steps are counted in int32 on the devices, seeds are uint32 (jax.random.key).
 MOST_STEPS = 2**31 - 1
 MOST_SEED = 2**32 - 1
@@ -92,7 +92,9 @@ class Recipe:
         of a step.
       clip_norm: greatest global norm of the gradient. None: no clipping.
       precision: "float32"; "bfloat16" (float32 master weights); "float16" (the same,
-        with dynamic loss scaling).
+        with dynamic loss scaling); "fp8" and "int8" (bfloat16, and in training the
+        products of large kernels of 8 bits, forward and backward: for GPUs and TPUs
+        that have them; others emulate them, see docs/scale.md).
       seed: of initial parameters, dropout and shuffling.
       shuffle: a new order of `train` for each epoch, from `seed`; False keeps the
         data's own.

@@ -264,7 +264,8 @@ class Trainer:
           remat: "none", "dots", "full" or "keep ...", as a plan shows it; None: the
             mildest that fits.
           micro_batches: parts of a batch; None: the recipe's, or the fewest that fit.
-          **forms: fixed forms of the step, as in `planner.plan`: context, flags.
+          **forms: fixed forms of the step, as in `planner.plan`: context, flags,
+            stages.
 
         Raises:
           PlanError: no such topology, nothing fits, or a pin is impossible.

@@ -15,6 +15,7 @@ import optax
 import lepton_jax as lepton
 from lepton_jax.data.idx import read_bytes
 from lepton_jax.errors import DataError, RecipeError, nearest
+from lepton_jax.step import optimizers
 
 # `recipes` is found wherever this file was started from
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -109,7 +110,10 @@ def recipe(
     learning_rate: float | None = None,
     steps: int = 800,
     micro_batches: int | None = None,
-    precision: Literal["float32", "bfloat16", "float16"] | None = None,
+    precision: Literal["float32", "bfloat16", "float16", "fp8", "int8"] | None = None,
+    optimizer: Literal["adamw", "muon"] = "adamw",
+    query_key_norm: bool = False,
+    z_loss: float = 0.0,
     save_every: int | None = None,
     seed: int = 0,
 ) -> lepton.Recipe:
@@ -146,13 +150,18 @@ def recipe(
         (1b) or 8192.
       batch_size: samples per step, over all devices; if left out, from 8 (1m) to 2048
         (405b).
-      learning_rate: of AdamW at its peak; it rises over the first tenth of the run and
-        falls as a cosine to a tenth. If left out, from 0.004 (1m) to 0.00008 (405b).
+      learning_rate: of the optimizer at its peak; it rises over the first tenth of the
+        run and falls as a cosine to a tenth. If left out, from 0.004 (1m) to 0.00008
+        (405b).
       steps: length of the run.
       micro_batches: parts in which a batch passes through the model; if left out, as
         few as fit into memory.
       precision: dtype that the model computes in; if left out, float32 for 1m and 10m,
-        bfloat16 from 124m on.
+        bfloat16 from 124m on. With fp8 (GPUs) and int8 (TPUs) it is bfloat16, and
+        training multiplies large kernels in 8 bits.
+      optimizer: AdamW; or Muon for the kernels of the blocks, and AdamW for the rest.
+      query_key_norm: normalize queries and keys, so that scores can't grow.
+      z_loss: weight of the squared logarithm of the softmax's sum, e.g. 0.0001.
       save_every: steps between checkpoints; each evaluation if left out.
       seed: of the initial parameters and the order of the samples.
     """
@@ -183,6 +192,8 @@ def recipe(
     )
     train, test = _windows(tokens, usual.length, where)
     shape = lepton.models.transformer_size(size) | {"loop": usual.loop}
+    if query_key_norm:
+        shape["query_key_norm"] = True
     shape["vocab"] = _rows(
         size,
         vocab,
@@ -200,19 +211,19 @@ def recipe(
             capacity=None if dropless else capacity,
         )
 
+    loss = lepton.losses.cross_entropy
+    if z_loss:
+        loss = partial(lepton.losses.weighted_cross_entropy, z=z_loss)
+
     total = max(steps, 1)
     warmup = total // 10
     peak = usual.learning_rate
     return lepton.Recipe(
         name="lm",
         model=partial(model, **shape),
-        loss=lepton.losses.cross_entropy,
+        loss=loss,
         metrics={"perplexity": lepton.metrics.perplexity},
-        optimizer=partial(
-            optax.adamw,
-            b2=0.95,
-            weight_decay=0.1,
-        ),
+        optimizer=_optimizer(optimizer),
         learning_rate=optax.warmup_cosine_decay_schedule(
             0.0, peak, warmup, total, 0.1 * peak
         ),
@@ -227,6 +238,26 @@ def recipe(
         save_every=save_every,
         seed=seed,
     )
+
+
+def _optimizer(name: str) -> Any:
+    """Return an optimizer as `Recipe` takes it.
+
+    Muon's updates are scaled to the size of AdamW's, so that both take one rate and one
+    weight decay (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2).
+    """
+    adamw = partial(optax.adamw, b2=0.95, weight_decay=0.1)
+    if name == "adamw":
+        return adamw
+    if name != "muon":
+        known = ("adamw", "muon")
+        raise RecipeError(
+            f"optimizer {name!r} is not known{nearest(str(name), known)}",
+            where="--optimizer",
+            remedy=f"use one of {', '.join(known)}",
+        )
+    muon = partial(optimizers.muon, weight_decay=0.1, consistent_rms=0.2)
+    return optimizers.by_part({"blocks/*/kernel": muon}, default=adamw)
 
 
 def _settled(usual: Usual, **given: Any) -> Usual:

@@ -277,3 +277,13 @@ def test_the_pages_example_of_tasks_runs_as_written():
     fields = trainer.evaluate(DATA)._fields
     said = evaluation.partition("# ")[2].strip().split(", ")
     assert set(fields) == set(said)
+
+
+def test_a_z_loss_is_the_square_of_the_logarithm_of_the_softmaxs_sum():
+    plain = losses.weighted_cross_entropy(LOGITS, LABELS)
+    ours = losses.weighted_cross_entropy(LOGITS, LABELS, z=0.5)
+
+    sums = np.log(np.exp(np.asarray(LOGITS, np.float64)).sum(-1))
+    np.testing.assert_allclose(ours - plain, 0.5 * sums**2, rtol=1e-5)
+    with pytest.raises(lepton.RecipeError, match="z is -1"):
+        losses.weighted_cross_entropy(LOGITS, LABELS, z=-1)

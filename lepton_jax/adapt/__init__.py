@@ -1,4 +1,4 @@
-"""Adapters: fine-tuning of a few parameters next to a model that stays as it is."""
+"""What a model is trained as, while its file stays as it is: adapters, and widths."""
 
 from lepton_jax.adapt.low_rank import (
     PATTERN,
@@ -11,12 +11,14 @@ from lepton_jax.adapt.low_rank import (
     plain_model,
 )
 from lepton_jax.adapt.training import only, trained_by
+from lepton_jax.adapt.widths import by_width
 
 __all__ = [
     "PATTERN",
     "DoRALinear",
     "LoRALinear",
     "adapted",
+    "by_width",
     "dora",
     "lora",
     "merge",

@@ -182,7 +182,7 @@ def adapted(
     Raises:
       ModelError: as `lora` says.
     """
-    module = _made(model, rngs)
+    module = made(model, rngs)
     linears = _linears(module)
     chosen = {
         path: linear
@@ -264,7 +264,7 @@ def _factory(
     )
 
 
-def _made(
+def made(
     model: Any,
     rngs: nnx.Rngs,
 ) -> nnx.Module:

@@ -153,7 +153,7 @@ def _of_program(
     kept = traced.functional
     plan = program.plan
     by_name = isinstance(traced.inputs, dict)
-    dtype = jnp.dtype(program.recipe.precision)
+    dtype = precision.dtype_of(program.recipe.precision)
 
     def module(
         params: Any,

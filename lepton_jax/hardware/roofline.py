@@ -21,6 +21,8 @@ from lepton_jax.hardware.chips import Chip
 # for squares of 512 to 32768 come out within 17 % (AI-Hypercomputer,
 # accelerator-microbenchmarks, Ironwood readme).
 OVERLAP = 1.5
+# Bytes of a product's number, at least: those of 8 bits are summed in more.
+LEAST_RESULT = 2
 # Numbers to which the shorter side of a matmul's output is padded if it is below a
 # tile: the sublanes of a TPU's register, and the smallest dim of a tensor core's
 # operation.
@@ -37,9 +39,10 @@ def matmul_seconds(
 ) -> float:
     """Return the seconds of `batch` products [m, k] x [k, n] -> [m, n] on one device.
 
-    Operands and result have `dtype`. The dims are padded to the chip's tiles: m and n
-    to `tile` (the shorter of them, if below it, to `SHORT`), k to `tile_depth`.
-    Computing and moving overlap in part, see `OVERLAP`.
+    Operands and result have `dtype`; the result of 8 bits has `LEAST_RESULT` bytes a
+    number. The dims are padded to the chip's tiles: m and n to `tile` (the shorter of
+    them, if below it, to `SHORT`), k to `tile_depth`. Computing and moving overlap in
+    part, see `OVERLAP`.
     """
     if not m * n * k * batch:
         return 0.0
@@ -50,8 +53,11 @@ def matmul_seconds(
     padded *= _padded(k, chip.tile_depth)
     rate = chip.peak(dtype) * chip.matmul_fraction
     compute = 2.0 * batch * padded / rate
-    numbers = batch * (m * k + k * n + m * n)
-    moved = numbers * itemsize(dtype) / (chip.bandwidth * chip.memory_fraction)
+    size = itemsize(dtype)
+    written = batch * m * n * max(size, LEAST_RESULT)
+    moved = (batch * (m * k + k * n) * size + written) / (
+        chip.bandwidth * chip.memory_fraction
+    )
     return chip.op_seconds + (compute**OVERLAP + moved**OVERLAP) ** (1 / OVERLAP)
 
 

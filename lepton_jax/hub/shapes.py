@@ -65,5 +65,6 @@ def _shape_of_transformer(module: TransformerLM) -> DecoderShape:
         epsilon=module.norm.epsilon,
         rotary=Rotary(block.attention.theta),
         tied=module.head is None,
+        query_key_norm=block.attention.query_norm is not None,
         loop="scan" if stacked else "unrolled",
     )

@@ -112,10 +112,20 @@ class Experts(nnx.Module):
         chosen ones'.
         """
         probabilities = jax.nn.softmax(self.router(x))
-        gates, experts = jax.lax.top_k(probabilities, self.chosen)
+        left = probabilities
+        experts = []
+        gates = []
+        # not top_k: XLA's partitioner (jax 0.10) gathers all tokens for it
+        for _ in range(self.chosen):
+            expert = left.argmax(-1)
+            choice = jax.nn.one_hot(expert, self.experts, dtype=left.dtype)
+            experts.append(expert)
+            gates.append((probabilities * choice).sum(-1))
+            left = jnp.where(choice > 0, -1.0, left)
+        weights = jnp.stack(gates, axis=-1)
         if self.chosen > 1:
-            gates = gates / gates.sum(-1, keepdims=True)
-        return experts, gates
+            weights = weights / weights.sum(-1, keepdims=True)
+        return jnp.stack(experts, axis=-1), weights
 
     def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Decide which tokens go to which slots.
@@ -236,8 +246,8 @@ class MoELM(Decoder):
     dropped tokens in long runs.
 
     Args:
-      vocab: as in `TransformerLM`; also dim, layers, heads, kv_heads, tied, theta, loop
-        and rngs.
+      vocab: as in `TransformerLM`; also dim, layers, heads, kv_heads, tied, theta,
+        loop, query_key_norm and rngs.
       hidden: width of an expert. None: 8/3 of dim, rounded up to a multiple of 64.
       experts: as in `Experts`; also chosen, capacity and group.
     """
@@ -258,6 +268,7 @@ class MoELM(Decoder):
         tied: bool = False,
         theta: float = 10_000.0,
         loop: Literal["unrolled", "scan"] = "unrolled",
+        query_key_norm: bool = False,
         rngs: nnx.Rngs,
     ):
         width = usual_hidden(dim) if hidden is None else hidden
@@ -282,6 +293,7 @@ class MoELM(Decoder):
             tied=tied,
             theta=theta,
             loop=loop,
+            query_key_norm=query_key_norm,
             feed_forward=feed_forward,
             rngs=rngs,
         )

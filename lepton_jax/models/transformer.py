@@ -37,6 +37,7 @@ class Attention(nnx.Module):
         kv_heads: int,
         theta: float,
         *,
+        query_key_norm: bool = False,
         rngs: nnx.Rngs,
     ):
         self.heads = heads
@@ -49,6 +50,9 @@ class Attention(nnx.Module):
         self.key = linear(dim, kv_heads * head)
         self.value = linear(dim, kv_heads * head)
         self.out = linear(heads * head, dim)
+        norm = partial(nnx.RMSNorm, head, epsilon=EPSILON, rngs=rngs)
+        self.query_norm = norm() if query_key_norm else None
+        self.key_norm = norm() if query_key_norm else None
 
     def __call__(
         self,
@@ -69,8 +73,13 @@ class Attention(nnx.Module):
 
         query_shape = (batch, length, self.heads, -1)
         key_shape = (batch, length, self.kv_heads, -1)
-        query = rotary(self.query(x).reshape(query_shape), self.theta, positions)
-        key = rotary(self.key(x).reshape(key_shape), self.theta, positions)
+        query = self.query(x).reshape(query_shape)
+        key = self.key(x).reshape(key_shape)
+        if self.query_norm is not None and self.key_norm is not None:
+            query = self.query_norm(query)
+            key = self.key_norm(key)
+        query = rotary(query, self.theta, positions)
+        key = rotary(key, self.theta, positions)
         value = self.value(x).reshape(key_shape)
 
         if cache is not None:
@@ -117,6 +126,7 @@ class Block(nnx.Module):
       theta: base of the rotary frequencies.
       feed_forward: the feed-forward layer, made from the rngs: (batch, length, dim) to
         the same.
+      query_key_norm: as in `TransformerLM`.
       rngs: stream `params`.
     """
 
@@ -128,6 +138,7 @@ class Block(nnx.Module):
         theta: float,
         feed_forward: Callable[[nnx.Rngs], Callable[[jax.Array], jax.Array]],
         *,
+        query_key_norm: bool = False,
         rngs: nnx.Rngs,
     ):
         self.attention_norm = nnx.RMSNorm(
@@ -140,6 +151,7 @@ class Block(nnx.Module):
             heads,
             kv_heads,
             theta,
+            query_key_norm=query_key_norm,
             rngs=rngs,
         )
         self.feed_forward_norm = nnx.RMSNorm(
@@ -179,8 +191,8 @@ class Decoder(nnx.Module):
     not explained here are those of `TransformerLM`.
 
     Args:
-      vocab: as in `TransformerLM`; also dim, layers, heads, kv_heads, tied, theta, loop
-        and rngs.
+      vocab: as in `TransformerLM`; also dim, layers, heads, kv_heads, tied, theta,
+        loop, query_key_norm and rngs.
       feed_forward: a block's feed-forward layer, made from the rngs: (batch, length,
         dim) to the same.
 
@@ -200,6 +212,7 @@ class Decoder(nnx.Module):
         tied: bool,
         theta: float,
         loop: Literal["unrolled", "scan"],
+        query_key_norm: bool = False,
         rngs: nnx.Rngs,
     ):
         kv_heads = heads if kv_heads is None else kv_heads
@@ -221,6 +234,7 @@ class Decoder(nnx.Module):
                 kv_heads,
                 theta,
                 feed_forward,
+                query_key_norm=query_key_norm,
                 rngs=rngs,
             )
 
@@ -376,6 +390,9 @@ class TransformerLM(Decoder):
       loop: over the layers: "unrolled" has a block of its own for each; "scan" has one
         block, whose parameters have a leading dim of `layers`, and compiles in a time
         that doesn't grow with them.
+      query_key_norm: RMSNorm of each head's queries and keys before the rotary
+        positions, so that scores can't grow without bound (Dehghani et al. 2023,
+        "Scaling Vision Transformers to 22 Billion Parameters", section 2).
       rngs: stream `params`.
     """
 
@@ -391,6 +408,7 @@ class TransformerLM(Decoder):
         tied: bool = False,
         theta: float = 10_000.0,
         loop: Literal["unrolled", "scan"] = "unrolled",
+        query_key_norm: bool = False,
         rngs: nnx.Rngs,
     ):
         width = usual_hidden(dim) if hidden is None else hidden
@@ -403,6 +421,7 @@ class TransformerLM(Decoder):
             tied=tied,
             theta=theta,
             loop=loop,
+            query_key_norm=query_key_norm,
             feed_forward=lambda rngs: SwiGLU(dim, width, rngs=rngs),
             rngs=rngs,
         )

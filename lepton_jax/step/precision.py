@@ -1,6 +1,9 @@
 """Precision policies: the dtype in which the model computes, and float16's loss scale.
 
 Master weights, optimizer state, losses and metrics are float32 in each policy.
+
+With "fp8" and "int8" the model computes in bfloat16. In training the products of its
+large kernels are taken of 8 bits, see `planner.rewrite.narrow`.
 """
 
 from __future__ import annotations
@@ -10,8 +13,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# Precisions whose name is not the dtype that the model computes in.
+COMPUTED_IN = {"fp8": "bfloat16", "int8": "bfloat16"}
+
 # the first loss scale: 2**15, with which a loss of 1 is within float16
 START = 2.0**15
+
+
+def dtype_of(precision: str) -> Any:
+    """Return the dtype in which a model computes."""
+    return jnp.dtype(COMPUTED_IN.get(precision, precision))
 
 
 def cast(tree: Any, precision: str) -> Any:
@@ -19,7 +30,7 @@ def cast(tree: Any, precision: str) -> Any:
 
     For float32 it is the tree itself.
     """
-    return tree if precision == "float32" else _floats_to(tree, jnp.dtype(precision))
+    return tree if precision == "float32" else _floats_to(tree, dtype_of(precision))
 
 
 def to_float32(tree: Any, precision: str) -> Any:

@@ -48,6 +48,7 @@ from lepton_jax.planner import (
 )
 from lepton_jax.planner.xla import flags
 from lepton_jax.step.embeddings import Rows, cast_late, compacted
+from lepton_jax.step.optimizers import divided_over
 from lepton_jax.step.state import State
 from lepton_jax.step.training_loss import (
     ARGUMENTS,
@@ -588,11 +589,13 @@ class Program:
         forward: Callable[..., Any] = partial(evaluated, self.trace)
         if self.trace.tables:
             forward = cast_late(forward, self.trace.tables)
+        forward = self.plan.forms.of_model(forward)
+        names = ("params", "variables", "inputs")
         forward = laid_out(
-            self.plan.forms.of_model(forward),
+            rewrite.in_stages(forward, self.plan.pipeline, (names.index("inputs"),)),
             self.plan.layout,
             self.mesh,
-            ("params", "variables", "inputs"),
+            names,
         )
         return forward(params, variables, inputs)
 
@@ -617,11 +620,14 @@ class Program:
             totals = losses.measure(self.recipe, outputs, targets, rows)
             return totals["loss"][0], totals
 
+        names = ("params", "variables", "inputs", "targets", "rows")
+        samples = tuple(names.index(name) for name in names[2:])
+        in_pieces = self.plan.forms.of(measure)
         measure_in_pieces = laid_out(
-            self.plan.forms.of(measure),
+            rewrite.in_stages(in_pieces, self.plan.pipeline, samples),
             self.plan.layout,
             self.mesh,
-            ("params", "variables", "inputs", "targets", "rows"),
+            names,
         )
         return measure_in_pieces(params, variables, inputs, targets, rows)[1]
 
@@ -737,15 +743,16 @@ class Program:
         before = Pieces(state.params, state.variables, state.optimizer)
 
         def update() -> tuple[Pieces, Any, dict[str, Any]]:
-            return self.controller.update(
-                state.step,
-                state.controller,
-                before,
-                variables,
-                gradients,
-                values,
-                squares,
-            )
+            with divided_over(self.mesh):
+                return self.controller.update(
+                    state.step,
+                    state.controller,
+                    before,
+                    variables,
+                    gradients,
+                    values,
+                    squares,
+                )
 
         def leave() -> tuple[Pieces, Any, dict[str, Any]]:
             record = jax.eval_shape(update)[2]
@@ -873,6 +880,7 @@ class Program:
             self.plan.micro_batches,
             around,
         )
+        traced = self.plan.forms.after(traced)
         if self._is_rewritten:
             traced = rewrite.rewritten(traced)
         gradient = laid_out(

@@ -13,6 +13,7 @@ from lepton_jax.planner import Plan, Trace
 from lepton_jax.planner.estimate.cost import as_compiled
 from lepton_jax.planner.estimate.jobs import sum_shares
 from lepton_jax.planner.estimate.motion import Motion, moved_value
+from lepton_jax.planner.estimate.orthogonal import stack_moves
 from lepton_jax.planner.estimate.reads import Reads, moved_before
 from lepton_jax.planner.estimate.rows import row_moves
 from lepton_jax.planner.program.around import PASSED_ON, PERMUTATION
@@ -89,6 +90,10 @@ def expected(
         axes = _names(row.axes, plan)
         sent = ring(row.kind, axes, row.bytes, plan.mesh)
         collectives.append(Expected("", row.kind, axes, 1, sent))
+    for stack in stack_moves(trace, layout.storage, layout.counts):
+        axes = _names(stack.axes, plan)
+        sent = ring(stack.kind, axes, stack.bytes, plan.mesh)
+        collectives += [Expected("", stack.kind, axes, 1, sent)] * stack.runs
     return collectives
 
 

@@ -294,3 +294,16 @@ def test_a_segment_is_as_a_row_of_its_own():
     )
     np.testing.assert_allclose(packed[:, :4], model(left), atol=1e-5)
     np.testing.assert_allclose(packed[:, 4:], model(right), atol=1e-5)
+
+
+@pytest.mark.parametrize("loop", ("unrolled", "scan"))
+def test_normed_queries_and_keys_do_not_grow_with_their_kernels(loop):
+    shape = {"dim": 16, "layers": 1, "heads": 2, "query_key_norm": True, "loop": loop}
+    net = models.TransformerLM(5, **shape, rngs=nnx.Rngs(0))
+    tokens = jnp.arange(4)[None]
+    before = net(tokens)
+
+    block = net.blocks if loop == "scan" else net.blocks[0]
+    block.attention.query.kernel[...] *= 100
+
+    np.testing.assert_allclose(net(tokens), before, atol=2e-3)

@@ -52,6 +52,9 @@ from lepton_jax.planner.estimate.attention import (
 from lepton_jax.planner.estimate.equal import repeated
 from lepton_jax.planner.estimate.jobs import Job, Jobs, sum_shares
 from lepton_jax.planner.estimate.motion import Motion, moved_value
+from lepton_jax.planner.estimate.orthogonal import Work as OrthogonalWork
+from lepton_jax.planner.estimate.orthogonal import stack_moves
+from lepton_jax.planner.estimate.orthogonal import work as orthogonal_work
 from lepton_jax.planner.estimate.reads import moved_before
 from lepton_jax.planner.estimate.rows import row_moves
 from lepton_jax.planner.estimate.sizes import Sizes
@@ -73,7 +76,9 @@ from lepton_jax.planner.program.layout import (
 )
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.ruled import Choice, own_bytes, own_flops
+from lepton_jax.planner.program.staged import of_one_stage
 from lepton_jax.planner.program.trace import Trace
+from lepton_jax.planner.rewrite.staged_attention import STAGED_KERNELS
 from lepton_jax.planner.xla import operations
 from lepton_jax.planner.xla.figures import HIDDEN_SHARE, WAITED_SHARE
 from lepton_jax.planner.xla.flags import FUSES, KEEPS_GATHERS
@@ -185,6 +190,7 @@ class Cost:
             self._kernels = cpu.kernel_seconds(self.graph)
         self._optimizer = optimizer_bytes(trace, names)
         self._trace = trace
+        self._orthogonals: dict[int, OrthogonalWork] = {}
         self._memo: dict[tuple, Work] = {}
         self._mesh: tuple[int, ...] = ()
         self._links: list[Link] = []
@@ -232,11 +238,9 @@ class Cost:
                 if causes:
                     _note(ledger, move, job)
 
-        rows = row_moves(self._trace, layout.storage, layout.counts)
-        for number, moved in enumerate(rows, len(self.jobs)):
-            shown[number, moved.kind, moved.axes, 1] += moved.bytes
-            if causes:
-                _enter(ledger, moved.kind, moved.axes, 1, moved.bytes, moved.path)
+        self._add_state_moves(layout, shown, ledger if causes else None)
+        orthogonal = self._orthogonal(layout)
+        flops += orthogonal.flops
 
         # Collectives read and write the memory, besides sending.
         sent = [*shown.items(), *hidden.items()]
@@ -251,7 +255,7 @@ class Cost:
             "matmul": compute,
             "memory": memory,
             "communication": waiting,
-            "optimizer": self._update(layout),
+            "optimizer": self._update(layout) + orthogonal.seconds,
         }
         return Estimate(seconds, flops, ledger)
 
@@ -372,6 +376,41 @@ class Cost:
             rate *= cpu.IN_PLACE
         return moved / rate
 
+    def _add_state_moves(
+        self,
+        layout: Layout,
+        shown: Joined,
+        ledger: Ledger | None,
+    ) -> None:
+        """Add collectives that move parts of the state: rows, and Muon's matrices.
+
+        Args:
+          layout: how the program is split.
+          shown: joined collectives, which are added to.
+          ledger: likewise; None: nobody asks for causes.
+        """
+        moves = [
+            (row.kind, row.axes, 1, row.bytes, row.path)
+            for row in row_moves(self._trace, layout.storage, layout.counts)
+        ]
+        moves += [
+            (stack.kind, stack.axes, stack.runs, stack.bytes, "Muon")
+            for stack in stack_moves(self._trace, layout.storage, layout.counts)
+        ]
+        for number, (kind, axes, runs, size, cause) in enumerate(moves, len(self.jobs)):
+            shown[number, kind, axes, runs] += size
+            if ledger is not None:
+                _enter(ledger, kind, axes, runs, size * runs, cause)
+
+    def _orthogonal(self, layout: Layout) -> OrthogonalWork:
+        """Return the products of Muon on one device."""
+        devices = layout.counts[-1]
+        if devices not in self._orthogonals:
+            self._orthogonals[devices] = orthogonal_work(
+                self._trace, self.chip, devices
+            )
+        return self._orthogonals[devices]
+
     # ---- one job ----
 
     def _work(
@@ -410,7 +449,7 @@ class Cost:
             and not moved_before(layout, job.product, decision, move, job.earlier)
         )
         collectives = self._compiled(moves, job, layout)
-        if job.op.name in KERNELS:
+        if job.op.name in (*KERNELS, *STAGED_KERNELS):
             return self._kernel(job.op, layout, decision, collectives)
         if decision.choice is not None:
             return self._own(job.op, decision, decision.choice, collectives)
@@ -439,9 +478,10 @@ class Cost:
         spec = decision.inputs.get(0, layout.use(query))
         share = layout.bytes(query, spec) / operations.size(query)
         devices = layout.counts[spec[LENGTH]]
-        if devices == 1:
-            flops = share * attention_flops(op)
-            seconds = attention_seconds(op, self.chip) * share
+        if devices == 1 or op.name in STAGED_KERNELS:
+            whole = of_one_stage(op)
+            flops = share * attention_flops(whole)
+            seconds = attention_seconds(whole, self.chip) * share
             return Work(seconds + self.chip.op_seconds, flops, collectives)
 
         # the ring's devices have their own part of the length
@@ -511,7 +551,7 @@ class Cost:
             bytes_ *= job.share
         bytes_ /= move.steps
         hidden = job.gather is not None or (
-            move.where == "out" and job.op.outputs[0].stored is not None
+            move.where.startswith(("out", "result")) and value.stored is not None
         )
         # XLA's CPU backend joins all reductions of gradients, and no all-gathers.
         if self.topology.platform == "cpu" and self.motion.is_summed(value):
@@ -630,7 +670,7 @@ class Cost:
         extent = value.shape[dim] / layout.counts[spec[dim]]
         if layout.parts > 1:
             root = self.graph.find(value.nodes[dim])
-            if self.names.of.get(root) == self.names.batch:
+            if self.names.of.get(root) in self.names.samples:
                 extent /= layout.parts
         return extent
 

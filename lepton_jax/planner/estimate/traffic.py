@@ -9,6 +9,7 @@ import numpy as np
 
 from lepton_jax.planner.program.graph import BARRIER, Graph, Operation
 from lepton_jax.planner.program.rules import ELEMENTWISE, REDUCTIONS
+from lepton_jax.planner.rewrite.eight_bits import GRADIENT, RESULT
 from lepton_jax.planner.rewrite.own import OWN_OPERATIONS
 from lepton_jax.planner.xla.operations import DOTS, FREE, operands
 
@@ -64,7 +65,7 @@ def _groups(graph: Graph) -> Iterator[tuple[Operation, tuple[int, ...]]]:
     sources: dict[int, tuple[int, ...]] = {}
     joining = {*FUSIBLE, *REDUCTIONS}
     for op in graph.operations():
-        if op.regions or op.name in UNCOUNTED:
+        if op.regions or op.name in UNCOUNTED or _ends_a_product(op):
             continue
         reads: dict[int, None] = {}
         for value in operands(op):
@@ -78,6 +79,14 @@ def _groups(graph: Graph) -> Iterator[tuple[Operation, tuple[int, ...]]]:
             sources[result] = tuple(reads)
         else:
             yield op, tuple(reads)
+
+
+def _ends_a_product(op: Operation) -> bool:
+    """Whether an operation's result is written by a product of 8 bits.
+
+    It is scaled before it is written, and counted as the product's.
+    """
+    return op.name == "name" and op.params["name"] in (RESULT, GRADIENT)
 
 
 def _readers(graph: Graph) -> dict[int, list[str]]:

@@ -42,10 +42,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal, scan_counts
 from lepton_jax.planner.program.rules import ELEMENTWISE, RULES, unknown
+from lepton_jax.planner.program.staged import IN_PART, Samples, behind
+from lepton_jax.planner.rewrite.eight_bits import GRADIENT
+from lepton_jax.planner.rewrite.stage_moves import LAYERS, LAYERS_BACK
 
 # Calls are inlined: primitive name to the parameter that holds the jaxpr of the call.
 CALLS = {
@@ -83,16 +84,18 @@ KEEPING = {
     "transpose",
     "stop_gradient",
     "copy_p",
+    LAYERS,
+    LAYERS_BACK,
 }
+
+# What is between the sums of a product of 8 bits and its result.
+SCALING = {"name", "mul", "convert_element_type"}
 
 # Elements from which on a loop's constant is computed in the loop (see `_sink`).
 # Assumption: below, a copy in memory costs less than computing it at each step.
 WORTH_SINKING = 2**16
 
-# Behind a dim that has some of the rows of a parameter's.
-IN_PART = -1
-
-# (number of a parameter, the parameter's dim behind each dim of the value)
+# (number of a parameter, the parameter's dim behind each dim of the value, or IN_PART)
 Stored = tuple[int, tuple[int, ...]]
 
 
@@ -242,6 +245,7 @@ class Graph:
       unknown: primitive name to count, for the primitives without a rule.
       pieces: node of a grouped convolution's channels to the number of groups, none of
         which can be split.
+      samples: the samples of a batch and of a pipeline's micro-batch, if there is one.
       lasting: indices of the stored values that live from the forward pass to the
         backward pass.
     """
@@ -261,6 +265,7 @@ class Graph:
         self.stepping: list[tuple[Operation, int]] = []
         self.unknown: dict[str, int] = {}
         self.pieces: dict[int, int] = {}
+        self.samples: Samples | None = None
 
         # values that only positions decide, with what computes them; None for constants
         self._positional: dict[int, Operation | None] = {}
@@ -332,9 +337,9 @@ class Graph:
         self.values.append(value)
         return value
 
-    def scratch(self, shape: tuple[int, ...]) -> Value:
-        """Add an array that an operation needs while it runs, in float32."""
-        return self._new_value(shape, np.dtype("float32"))
+    def scratch(self, shape: tuple[int, ...], dtype: Any) -> Value:
+        """Add an array that an operation needs while it runs."""
+        return self._new_value(shape, dtype)
 
     def _values_of(
         self,
@@ -766,6 +771,8 @@ def _store_outputs(operation: Operation) -> None:
         index, dims = source.stored
         if operation.name == "transpose":
             dims = tuple(dims[d] for d in operation.params["permutation"])
+        elif operation.name == LAYERS:
+            index, dims = behind(LAYERS, source.stored)
         target.stored = (index, dims)
 
 
@@ -815,10 +822,12 @@ def _entering(
 
 
 def _spread_gradients(region: Region) -> None:
+    scaled: set[int] = set()
     for operation in reversed(region.operations):
         for index, target in enumerate(operation.outputs):
             if target.stored is not None:
                 _store_sources(operation, index, target)
+                _store_sums(operation, target, scaled)
         for inside in operation.regions:
             _spread_gradients(inside)
 
@@ -836,6 +845,8 @@ def _store_sources(
         if operation.name == "transpose":
             order = operation.params["permutation"]
             dims = tuple(dims[order.index(d)] for d in range(len(order)))
+        elif operation.name == LAYERS_BACK:
+            parameter, dims = behind(LAYERS_BACK, target.stored)
         _store(source, (parameter, dims))
     elif operation.name == "pad":
         part = operation.inputs[0]
@@ -848,6 +859,24 @@ def _store_sources(
                 _store(source, target.stored)
     elif operation.name == "scan":
         _store_in_loop(operation, index, target.stored)
+
+
+def _store_sums(operation: Operation, target: Value, scaled: set[int]) -> None:
+    """Set `stored` on the sums of a product of 8 bits, which are scaled afterwards.
+
+    Args:
+      operation: makes a stored value.
+      target: the value.
+      scaled: indices of values between such sums and the gradient; added to.
+    """
+    is_gradient = operation.name == "name" and operation.params["name"] == GRADIENT
+    if not is_gradient and target.index not in scaled:
+        return
+    source = operation.inputs[0]
+    if source is not None and operation.name in SCALING:
+        assert target.stored is not None
+        _store(source, target.stored)
+        scaled.add(source.index)
 
 
 def _store_in_loop(

@@ -38,7 +38,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lepton_jax.compat import Jaxpr, Literal, scan_counts
 from lepton_jax.planner.rewrite.attention import ATTENTION
+from lepton_jax.planner.rewrite.eight_bits import RESULT
 from lepton_jax.planner.rewrite.program import Uses, equations, parts
+from lepton_jax.planner.rewrite.staged_attention import STAGED
 
 KEEP = "keep"
 LIST = r"(?:attention|\d+(?:-\d+)?)(?:,\d+(?:-\d+)?)*"
@@ -108,7 +110,7 @@ class Keeping(NamedTuple):
         attention = ALL_ATTENTION in keys
 
         def keeps_it(primitive: Any, *avals: Any, **params: Any) -> Any:
-            if primitive.name == ATTENTION:
+            if primitive.name in (ATTENTION, STAGED):
                 return attention
             return keeps(primitive, *avals, **params)
 
@@ -181,8 +183,9 @@ def values(
             if result in there or not _is_read(result, uses, there):
                 turns = 0
             size = turns * nbytes(result)
-            flops = turns * _flops(eqn)
-            mild = not _batched(eqn)
+            product = _product_of(eqn)
+            flops = turns * _flops(product)
+            mild = not _batched(product)
             found.append(Kept(next(count), max(turns, 1), size, flops, result, mild))
         for attention in _attentions(eqn):
             attention_bytes += turns * sum(map(nbytes, attention.outvars))
@@ -237,10 +240,11 @@ def is_projection(eqn: Any, own: Collection[Any]) -> bool:
       eqn: the equation.
       own: variables that the parameters alone decide.
     """
-    if eqn.primitive.name != "dot_general":
+    product = _product_of(eqn)
+    if product is None:
         return False
     by_kernel = any(v in own for v in eqn.invars if not isinstance(v, Literal))
-    return by_kernel or not _batched(eqn)
+    return by_kernel or not _batched(product)
 
 
 def fixed(jaxpr: Jaxpr, parameters: int) -> set[Any]:
@@ -319,6 +323,18 @@ def _handed(loop: Any, own: set[Any]) -> Iterator[Any]:
         is_carried = consts <= number < consts + carried
         if not is_carried and not isinstance(outer, Literal) and outer in own:
             yield inner
+
+
+def _product_of(eqn: Any) -> Any:
+    """Return the product that an equation is, or that one of 8 bits holds; or None."""
+    if eqn.primitive.name == "dot_general":
+        return eqn
+    if not eqn.primitive.name.startswith("custom_vjp"):
+        return None
+    inside = [found for inner in parts(eqn) for found in equations(inner)]
+    if not any(found.params.get("name") == RESULT for found in inside):
+        return None
+    return next(found for found in inside if found.primitive.name == "dot_general")
 
 
 def _batched(eqn: Any) -> bool:

@@ -16,8 +16,9 @@ every bit (but the sign of a zero); `loops` and `products` add up the same terms
 another order.
 
 TPUs, GPUs and programs for several devices are left alone by these passes. What
-`forms` chooses is for all: a loss whose logits never exist whole (`head`), and
-attention whose scores don't (`softmax`, `attention`, `splash`).
+`forms` chooses is for all: a loss whose logits never exist whole (`head`), attention
+whose scores don't (`softmax`, `attention`, `splash`), a stack of layers as a pipeline
+(`stages`, `pipeline`), and products of 8 bits (`narrow`, `eight_bits`).
 """
 
 from __future__ import annotations
@@ -32,15 +33,19 @@ from lepton_jax.compat import ClosedJaxpr
 from lepton_jax.planner.rewrite import forms as choice
 from lepton_jax.planner.rewrite import kept, loops, pooling, products, slices, units
 from lepton_jax.planner.rewrite.forms import Forms
+from lepton_jax.planner.rewrite.pipeline import Stages
 from lepton_jax.planner.rewrite.program import equations, flat, run
 from lepton_jax.planner.rewrite.softmax import fused
+from lepton_jax.planner.rewrite.stages import in_stages
 
 __all__ = [
     "PASSES",
     "Forms",
+    "Stages",
     "applies",
     "forms_for",
     "fused",
+    "in_stages",
     "only",
     "rewritten",
 ]
@@ -91,11 +96,15 @@ def forms_for(
     platform: str,
     devices: int,
     micro_batches: int | None,
+    products: str = "",
 ) -> Forms:
-    """Choose the forms of a loss, see `forms.forms_for`; plain ones under `only()`."""
+    """Choose the forms of a loss, see `forms.forms_for`.
+
+    Under `only()` they are plain, but for the products that the recipe asks for.
+    """
     if not _active:
-        return Forms()
-    return choice.forms_for(forward, traced, platform, devices, micro_batches)
+        return Forms(products=products)
+    return choice.forms_for(forward, traced, platform, devices, micro_batches, products)
 
 
 def rewritten(function: Callable) -> Callable:

@@ -14,8 +14,11 @@ from functools import partial
 from typing import Any
 
 from lepton_jax.compat import ClosedJaxpr, Jaxpr
-from lepton_jax.planner.rewrite import experts, head, softmax, splash
+from lepton_jax.planner.rewrite import experts, head, narrow, softmax, splash
+from lepton_jax.planner.rewrite.pipeline import NO_STAGES, Stages
 from lepton_jax.planner.rewrite.program import opened, parts
+from lepton_jax.planner.rewrite.stages import in_stages
+from lepton_jax.step.training_loss import ARGUMENTS
 
 # Bytes of logits in float32 that a device may hold at once. Assumption: a hundredth of
 # the memory of the chips that train language models (v5p 95 GiB, H200 141 GB).
@@ -42,6 +45,8 @@ LEAST_LENGTH = {"cpu": 256, "tpu": 512, "gpu": 1024}
 # Bytes of scores in float32 on a device from which a GPU computes attention in blocks.
 # Assumption: blocks cost more kernels, and save what scores take.
 MOST_SCORES = 2**30
+# Numbers of a training loss's arguments that hold samples.
+SAMPLES = tuple(ARGUMENTS.index(name) for name in ("inputs", "targets"))
 
 
 @dataclass(frozen=True)
@@ -53,14 +58,22 @@ class Forms:
       attention: the kernel that computes attention, as in `attention.How`; "": the
         model's own operations.
       experts: whether mixtures that drop no token are operations with a rule.
+      stages: the pipeline of a stack of equal layers.
+      products: how large kernels are multiplied, as in `narrow.narrowed`; "": in the
+        dtype that the model computes in.
     """
 
     loss_pieces: int = 1
     attention: str = ""
     experts: bool = False
+    stages: Stages = NO_STAGES
+    products: str = ""
 
     def of(self, loss: Callable) -> Callable:
-        """Return a training loss in these forms."""
+        """Return a loss in these forms, but for its pipeline and its products.
+
+        An evaluation multiplies in the dtype that the model computes in.
+        """
         return head.in_pieces(self.of_model(loss), self.loss_pieces)
 
     def of_model(self, function: Callable) -> Callable:
@@ -78,6 +91,10 @@ class Forms:
             return remade
         return partial(_in_turn, self, remade)
 
+    def after(self, gradient: Callable) -> Callable:
+        """Return a gradient whose arrays are each rounded to 8 bits once."""
+        return narrow.merged(gradient) if self.products else gradient
+
 
 def forms_for(
     forward: ClosedJaxpr,
@@ -85,6 +102,7 @@ def forms_for(
     platform: str,
     devices: int,
     micro_batches: int | None,
+    products: str = "",
 ) -> Forms:
     """Choose the forms of a loss.
 
@@ -94,13 +112,15 @@ def forms_for(
       platform: JAX's name of the backend.
       devices: over which it is divided.
       micro_batches: in which the batch is taken; None: the plan decides.
+      products: as in `Forms`.
     """
     pieces = 1
     if logits_bytes(_largest_product(forward.jaxpr), devices) > MOST_LOGITS:
         shape = head.logits_shape(traced())
         pieces = _loss_pieces(shape, devices, micro_batches)
     kernel = _kernel(forward, platform, devices)
-    return Forms(pieces, kernel, experts.has_mixture(forward.jaxpr))
+    mixture = experts.has_mixture(forward.jaxpr)
+    return Forms(pieces, kernel, mixture, products=products)
 
 
 def logits_bytes(elements: int, devices: int) -> float:
@@ -112,7 +132,8 @@ def logits_bytes(elements: int, devices: int) -> float:
 
 
 def _in_turn(forms: Forms, remade: Callable, loss: Callable) -> Callable:
-    return remade(forms.of(loss))
+    narrowed = narrow.narrowed(loss, forms.products)
+    return in_stages(remade(forms.of(narrowed)), forms.stages, SAMPLES)
 
 
 def _loss_pieces(

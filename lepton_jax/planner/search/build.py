@@ -15,9 +15,11 @@ from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.estimate import feeding
 from lepton_jax.planner.estimate.cost import Estimate
 from lepton_jax.planner.plans import ArrayPlan, Axis, Collective, Plan, Rival
+from lepton_jax.planner.program import products
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.remat import meaning
 from lepton_jax.planner.program.trace import Trace
+from lepton_jax.planner.rewrite import Stages
 from lepton_jax.planner.rewrite.own import OWN_GRADIENT
 from lepton_jax.planner.search import lengths
 from lepton_jax.planner.search.bounds import NOT_KNOWN, Bounds
@@ -85,6 +87,7 @@ def build(
     steps, _ = feeding.steps_per_call(trace, topology)
     reasons = _feeding_reasons(trace, topology, assignment)
     notes = _notes(trace, names, assignment)
+    notes += products.notes(trace.forms.products, topology.device)
     return Plan(
         topology=topology.name,
         objective=verdict.objective,
@@ -123,6 +126,11 @@ def build(
         peak_bound=verdict.bounds.most,
         loss_pieces=trace.forms.loss_pieces,
         attention=trace.forms.attention,
+        stages=trace.forms.stages.count,
+        stage_parts=trace.forms.stages.parts,
+        stage_chunks=trace.forms.stages.chunks,
+        stage_groups=trace.forms.stages.groups,
+        products=trace.forms.products,
         experts=trace.forms.experts,
         context=lengths.context(names, assignment),
         flags=_flags(verdict, topology),
@@ -214,6 +222,9 @@ def _feeding_reasons(
     kernel = trace.forms.attention
     if kernel:
         reasons[f"attention {kernel}"] = KERNELS[kernel]
+    if trace.forms.products:
+        decision, why = products.reason(trace.forms.products)
+        reasons[decision] = why
     if trace.forms.experts:
         reasons["experts without dropped tokens"] = (
             "each device sorts the tokens that it has by their expert; where experts"
@@ -225,9 +236,23 @@ def _feeding_reasons(
             "logits of all tokens, and their gradients, are not held at once; the"
             " head's gradient is taken piece by piece in the forward pass"
         )
+    stages = trace.forms.stages
+    if stages.count > 1:
+        reasons[f"pipeline of {stages.count} stages"] = _of_stages(stages)
     for path, table in trace.tables.tables.items():
         reasons[f"rows of {path}"] = table.why
     return reasons
+
+
+def _of_stages(stages: Stages) -> str:
+    """Return what a pipeline does and costs, in words."""
+    chunks = f", {stages.chunks} runs of layers each" if stages.chunks > 1 else ""
+    return (
+        f"{stages.parts} micro-batches in flight{chunks}; a device keeps the layers of"
+        f" its stage alone, and hands activations on after each of {stages.turns}"
+        f" turns; {stages.bubble:.0%} of the stages' work is the bubble, which nobody"
+        " reads"
+    )
 
 
 def _notes(

@@ -25,6 +25,7 @@ from lepton_jax.ship.artifact.artifact import Artifact
 from lepton_jax.ship.artifact.signature import PREDICTION
 from lepton_jax.ship.export import probing, replay
 from lepton_jax.ship.export.target import SIGNATURE, Options, Source, Target
+from lepton_jax.step.precision import dtype_of
 
 # Largest difference, relative to a row's largest output, or to 1, by the precision that
 # the model computes in. Of the low ones: four times their last place, for a runtime
@@ -289,7 +290,7 @@ def _told(
         refused=refused,
         metrics=_metrics(artifact, found),
         runtime=runtime,
-        tolerance=TOLERANCES.get(precision, TOLERANCE),
+        tolerance=TOLERANCES.get(dtype_of(precision).name, TOLERANCE),
     )
 
 
