@@ -604,7 +604,7 @@ class _Interpreter:
 
 
 def _between(lies: Spec, wanted: Spec) -> list[Spec]:
-    """Return specs on the way, where several mesh axes move from dim to dim.
+    """Return specs on the way, where mesh axes of several dims move to others.
 
     Each step moves one, outermost first: an all-to-all. XLA (libtpu 0.0.42, the
     gradient of an embedding whose tokens are split by sample and by position) gathers
@@ -616,6 +616,8 @@ def _between(lies: Spec, wanted: Spec) -> list[Spec]:
     steps = []
     spec = list(lies)
     moving = [d for d, mask in enumerate(lies) if mask & ~wanted[d]]
+    if len(moving) < 2:
+        return []
     for axis in range(max((*lies, *wanted), default=0).bit_length()):
         bit = 1 << axis
         sources = [d for d in moving if spec[d] & bit & ~wanted[d]]
