@@ -32,7 +32,7 @@ units, of which each device has a part, so the parts of the result are added up 
     >>> layout.decide(first, contraction(first)).moves
     ()
     >>> layout.decide(second, contraction(second)).moves
-    (Move(kind='all-reduce', axes=2, bytes=48.0, where='out'),)
+    (Move(kind='all-reduce', axes=2, bytes=48.0, where='out', steps=1),)
 """
 
 from __future__ import annotations
@@ -701,6 +701,7 @@ class Layout:
             if grouped and product.groups % count:
                 continue
             moves = _moves_to(index, places, axes, count, sides.bytes)
+            moves += _rearranged(moves, index, places, axes, sides)
             cost = sum(_weight(move, count) for move in moves)
             if cost < lowest:
                 best = _Split(index, moves)
@@ -899,6 +900,32 @@ def _moves_to(
     elif wanted != index.out:
         moves.append(Move("all-to-all", axes, size, "out"))
     return moves
+
+
+def _rearranged(
+    moves: list[Move],
+    index: Index,
+    places: tuple,
+    axes: int,
+    sides: _Sides,
+) -> list[Move]:
+    """List the moves that bring parts back in order after others.
+
+    Where mesh axes leave a dim that others split inside of them, or come to one, the
+    parts of a device have gaps between them, and XLA sends each to where it belongs
+    (seen with tokens that are split over experts and, inside, over FSDP).
+    """
+    more = []
+    for side, name in enumerate(("left", "right", "out")):
+        if not any(m.kind == "all-to-all" and m.where == name for m in moves):
+            continue
+        dims = {places[side], index[side]} - {None}
+        others = _union(tuple(sides.specs[side][dim] for dim in dims)) & ~axes
+        inside = others >> axes.bit_length()
+        if inside:
+            every = axes | inside << axes.bit_length()
+            more.append(Move(around.PERMUTATION, every, sides.bytes[side], name))
+    return more
 
 
 def _weight(move: Move, count: int) -> float:

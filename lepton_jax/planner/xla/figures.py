@@ -75,8 +75,8 @@ FIGURES = {
     "waited_share": Figure(
         0.4,
         "share of the bytes",
-        "`python tools/overlap.py` (libtpu 0.0.42): 0.40 of 8B on v5p:4x4x4, 0.36 on"
-        " v6e:16x16, 0.65 of 1B on v5e:8x8",
+        "found by `python tools/overlap.py` (libtpu 0.0.42): 0.40 of 8B on"
+        " v5p:4x4x4, 0.36 on v6e:16x16, 0.65 of 1B on v5e:8x8",
     ),
 }
 
