@@ -248,7 +248,7 @@ class Trainer:
         pins: dict[str, Any] | None = None,
         remat: str | None = None,
         micro_batches: int | None = None,
-        context: str | None = None,
+        **forms: Any,
     ) -> Plan:
         """Return the plan for a topology, which need not be there.
 
@@ -264,8 +264,8 @@ class Trainer:
           remat: "none", "dots", "full" or "keep ...", as a plan shows it; None: the
             mildest that fits.
           micro_batches: parts of a batch; None: the recipe's, or the fewest that fit.
-          context: "all-to-all" or "ring": how attention meets a sequence that is split;
-            None: the faster.
+          **forms: fixed forms of the step, as in `planner.plan`: context, flags,
+            stages.
 
         Raises:
           PlanError: no such topology, nothing fits, or a pin is impossible.
@@ -292,7 +292,7 @@ class Trainer:
             pins=pins,
             remat=remat,
             micro_batches=micro_batches,
-            context=context,
+            **forms,
         )
 
     def fit(

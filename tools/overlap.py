@@ -77,7 +77,6 @@ def measured(case: Case) -> dict[str, Any]:
             row[name] = {"error": error.what}
             print(f"{case.topology} {case.size} {name}: {error.what}", flush=True)
             continue
-        row[name]["predicted_seconds"] = plan.step_seconds
         print(f"{case.topology} {case.size} {name} flags: {_spelled(row[name])}")
     return row
 

@@ -44,6 +44,18 @@ DESCRIPTION = (
     "Plan a recipe for any hardware: how it would lie there, why, and what memory, time"
     " and money a step would take."
 )
+# options that decide a plan, which one that is replayed has already
+REPLAY_HAS = (
+    "mesh",
+    "pin",
+    "remat",
+    "micro_batches",
+    "stages",
+    "prove",
+    "time_limit",
+    "context",
+    "xla",
+)
 MIB = 2**20
 # exit codes of a shell: a mistake of the user's or nothing that fits; Ctrl-C
 MISTAKE = 2
@@ -266,6 +278,16 @@ def _add_pins(
             help="parts in which a batch passes through the model",
         )
     add(
+        "--stages",
+        type=_stages,
+        metavar="S[xM[xC]]",
+        help=(
+            "of a pipeline for a stack of equal layers, with M micro-batches in flight"
+            " and C chunks of layers on each stage, e.g. 4, 4x16 or 4x16x2; 1: none"
+            " (default: only where it is faster, or nothing else fits)"
+        ),
+    )
+    add(
         "--context",
         type=settings.reader(str, choices=CONTEXTS),
         metavar="|".join(CONTEXTS),
@@ -396,6 +418,17 @@ def _mesh(text: str) -> dict[str, int]:
     return mesh
 
 
+def _stages(text: str) -> tuple[int, ...]:
+    """Return stages, micro-batches in flight and chunks of `4x16x2`."""
+    numbers = text.split("x")
+    if len(numbers) > 3 or not all(n.isdigit() and int(n) >= 1 for n in numbers):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not of the form stages, stagesxparts or stagesxpartsxchunks,"
+            " as in 4, 4x16 or 4x16x2"
+        )
+    return tuple(int(number) for number in numbers)
+
+
 def _pin(text: str) -> tuple[str, PartitionSpec]:
     """Return the pattern and the spec of `**/embedding=tensor,None`."""
     pattern, equals, spec = (word.strip() for word in text.rpartition("="))
@@ -503,17 +536,7 @@ def _check_replay(options: argparse.Namespace) -> None:
     """Find options that can't change a plan that is replayed."""
     if options.replay is None:
         return
-    fixed = (
-        "mesh",
-        "pin",
-        "remat",
-        "micro_batches",
-        "prove",
-        "time_limit",
-        "context",
-        "xla",
-    )
-    for name in fixed:
+    for name in REPLAY_HAS:
         if getattr(options, name, None) is not None:
             flag = f"--{name.replace('_', '-')}"
             raise SettingError(
@@ -649,6 +672,7 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
         "pins": dict(options.pin) if options.pin else None,
         "remat": options.remat,
         "micro_batches": getattr(options, "micro_batches", None),
+        "stages": options.stages,
         "time_limit": options.time_limit,
         "context": options.context,
         "flags": options.xla,

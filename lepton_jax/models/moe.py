@@ -112,10 +112,20 @@ class Experts(nnx.Module):
         chosen ones'.
         """
         probabilities = jax.nn.softmax(self.router(x))
-        gates, experts = jax.lax.top_k(probabilities, self.chosen)
+        left = probabilities
+        experts = []
+        gates = []
+        # not top_k: XLA's partitioner (jax 0.10) gathers all tokens for it
+        for _ in range(self.chosen):
+            expert = left.argmax(-1)
+            choice = jax.nn.one_hot(expert, self.experts, dtype=left.dtype)
+            experts.append(expert)
+            gates.append((probabilities * choice).sum(-1))
+            left = jnp.where(choice > 0, -1.0, left)
+        weights = jnp.stack(gates, axis=-1)
         if self.chosen > 1:
-            gates = gates / gates.sum(-1, keepdims=True)
-        return experts, gates
+            weights = weights / weights.sum(-1, keepdims=True)
+        return jnp.stack(experts, axis=-1), weights
 
     def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Decide which tokens go to which slots.

@@ -31,8 +31,17 @@ from lepton_jax.planner.program.layout import (
 )
 from lepton_jax.planner.program.ruled import Choice, added_up
 from lepton_jax.planner.program.rules import ELEMENTWISE, SOURCES
+from lepton_jax.planner.program.staged import attention_spec
 from lepton_jax.planner.rewrite import ring
 from lepton_jax.planner.rewrite.ring import Ring
+from lepton_jax.planner.rewrite.stage_moves import (
+    LAYERS,
+    LAYERS_BACK,
+    ROLL,
+    chunks_exchanged,
+    rolled_over,
+)
+from lepton_jax.planner.rewrite.staged_attention import STAGED_KERNELS
 from lepton_jax.step.training_loss import argument_paths
 
 # Primitives whose results XLA's own propagation never gets wrong: they need no
@@ -184,23 +193,38 @@ class _Interpreter:
         product = contraction(op)
         decision = self.layout.decide(op, product)
         operands = self._move_operands(op, operands, decision)
-        if op.name in KERNELS:
+        if op.name in (*KERNELS, *STAGED_KERNELS):
             results = self._kernel(op, operands, decision)
             pairs = zip(results, op.outputs, strict=True)
             return [self._put_where_it_lies(x, value) for x, value in pairs]
         if decision.choice is not None:
             results = self._own(op, operands, decision.choice)
             pairs = zip(results, op.outputs, strict=False)
-            return [self._put_where_it_lies(x, value) for x, value in pairs]
-        if product is not None and product.groups > 1:
-            results = [self._grouped(op, product, operands, decision)]
-        elif op.name == PALLAS:
-            results = self._on_each_device(op, operands)
-        else:
-            results = _bind(op.eqn, operands)
+            placed = [self._put_where_it_lies(x, value) for x, value in pairs]
+            # nothing reads the arrays that it needs while it runs
+            return [*placed, *(None for _ in op.outputs[len(placed) :])]
+        results = self._computed(op, product, operands, decision)
         if op.name in FOLLOWING and not decision.inputs:
             return results
         return self._constrain_results(op, product, decision, results)
+
+    def _computed(
+        self,
+        op: Operation,
+        product: Contraction | None,
+        operands: list[Any],
+        decision: Decision,
+    ) -> list[Any]:
+        """Return the results of an operation that XLA divides, or has others divide."""
+        if op.name == ROLL:
+            return [self._rolled(op, operands[0])]
+        if op.name in (LAYERS, LAYERS_BACK):
+            return [self._exchanged(op, operands[0])]
+        if product is not None and product.groups > 1:
+            return [self._grouped(op, product, operands, decision)]
+        if op.name == PALLAS:
+            return self._on_each_device(op, operands)
+        return _bind(op.eqn, operands)
 
     def _move_operands(
         self,
@@ -303,12 +327,17 @@ class _Interpreter:
         for number, value in enumerate(op.inputs):
             assert value is not None
             specs.append(decision.inputs.get(number, self.layout.spec(value)))
-        samples = specs[0][BATCH]
-        heads = specs[0][HEADS]
-        length = specs[0][LENGTH]
+        length = 0
+        if op.name in KERNELS:
+            length = specs[0][LENGTH]
         results = []
         for value in op.outputs:
-            spec = around.goal(value.shape, samples, heads, length)
+            if op.name in STAGED_KERNELS:
+                spec = attention_spec(specs, value.shape)
+            else:
+                samples = specs[0][BATCH]
+                heads = specs[0][HEADS]
+                spec = around.goal(value.shape, samples, heads, length)
             results.append(partition(spec, self.mesh.axis_names))
         run = partial(_bind, op.eqn)
         if length:
@@ -324,6 +353,58 @@ class _Interpreter:
             out_specs=results,
             check_vma=False,
         )(*operands)
+
+    def _rolled(self, op: Operation, held: Any) -> Any:
+        """Hand what each stage holds to the next one, device by device."""
+        value = op.inputs[0]
+        assert value is not None
+        spec = self.layout.spec(value)
+        if not spec[0]:
+            return _bind(op.eqn, [held])[0]
+        local = partial(
+            rolled_over,
+            by=op.params["by"],
+            wraps=op.params["wraps"],
+            axes=_axes(spec[0], self.mesh.axis_names),
+            devices=self.layout.counts[spec[0]],
+        )
+        partitioned = partition(spec, self.mesh.axis_names)
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=partitioned,
+            out_specs=partitioned,
+            check_vma=False,
+        )(held)
+
+    def _exchanged(self, op: Operation, layers: Any) -> Any:
+        """Bring the layers of each chunk to their stage, or back."""
+        value = op.inputs[0]
+        assert value is not None
+        spec = self.layout.spec(value)
+        back = op.name == LAYERS_BACK
+        mask = spec[1] if back else spec[0]
+        stages = op.params["stages"]
+        chunks = op.params["chunks"]
+        if chunks == 1 or self.layout.counts[mask] != stages:
+            return _bind(op.eqn, [layers])[0]
+
+        def local(kept: Any) -> Any:
+            kept = kept[:, 0] if back else kept
+            axes = _axes(mask, self.mesh.axis_names)
+            moved = chunks_exchanged(kept, chunks, axes, stages, back)
+            return moved if back else moved[:, None]
+
+        rest = spec[2:] if back else spec[1:]
+        result = (mask, *rest) if back else (0, mask, *rest)
+        names = self.mesh.axis_names
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=partition(spec, names),
+            out_specs=partition(result, names),
+            check_vma=False,
+        )(layers)
 
     def _on_each_device(self, op: Operation, operands: list[Any]) -> list[Any]:
         """Run a kernel without a rule as a whole on each device.

@@ -20,6 +20,7 @@ STRATEGIES = {
     "data": "data parallel",
     "fsdp": "FSDP",
     "tensor": "tensor parallel",
+    "stage": "pipeline",
     "expert": "expert parallel",
     "sequence": "sequence parallel",
     "idle": "idle",
@@ -81,6 +82,8 @@ def _axis_word(
     split = {k for k, mask in enumerate(assignment.masks) if mask >> axis & 1}
     others = split - {names.batch}
     splits_state = assignment.keep >> axis & 1
+    if names.stages & others:
+        return "stage"
     if experts & others:
         return "expert"
     if names.batch in split:
@@ -110,7 +113,7 @@ def expert_groups(names: Names) -> set[int]:
             root = find(node)
             if root in names.of:
                 groups.add(names.of[root])
-    return groups - {names.batch}
+    return groups - {names.batch} - names.stages
 
 
 def _stored_batch_nodes(op: Operation) -> list[int]:

@@ -19,7 +19,7 @@ from lepton_jax.planner.patience import LIMIT_SECONDS, Patience
 from lepton_jax.planner.plans import OBJECTIVES, SIMPLEST, Plan, Rival, check_effects
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.trace import Trace
-from lepton_jax.planner.search import advice, lengths, limits
+from lepton_jax.planner.search import advice, lengths, limits, staging
 from lepton_jax.planner.search import pins as pinning
 from lepton_jax.planner.search.build import Verdict, build, without_data
 from lepton_jax.planner.search.descent import search
@@ -58,7 +58,10 @@ def plan(
         far is taken, which the plan's notes then say; None: no limit. What takes longer
         than 2 s says on stderr how far it is.
       **forms: forms of the step that are fixed, by the field of `Plan` that has them:
-        context, "all-to-all" or "ring"; flags, of XLA's, by name.
+        context, "all-to-all" or "ring"; flags, of XLA's, by name;
+        stages, of a pipeline for a stack of equal layers: their number, or (stages,
+        micro-batches in flight), or these and the chunks of a stage; 1: no pipeline;
+        None: those of a mesh axis called "stage", or the search decides.
 
     Raises:
       PlanError: nothing fits (the message says what fills the memory and what would
@@ -104,11 +107,42 @@ def candidates(
     _check_time_limit(request)
 
     with Patience(f"planning for {topology.name}", request.time_limit) as patience:
-        problem, ranked = _searched(trace, topology, request, patience)
-        problem, ranked = _refined(problem, ranked, request)
+        problem, ranked = _best(trace, topology, request, patience)
         if not ranked[0].may_fit:
             raise advice.does_not_fit(problem, ranked, limits.DOUBLINGS)
         return [_plan(problem, chosen, ranked) for chosen in ranked[:count]]
+
+
+def _best(
+    trace: Trace,
+    topology: Topology,
+    request: pinning.Request,
+    patience: Patience,
+) -> tuple[Problem, list[Candidate]]:
+    """Return the best of the searches without a pipeline and with some.
+
+    Each comes as its problem and its candidates, best first.
+    """
+    own = staging.asked(request, trace, f"plan for {topology.name}")
+    if own.count is not None and own.count > 1:
+        found = [
+            _searched(trace.staged(stages), topology, request, patience)
+            for stages in staging.options(own, trace, topology)
+        ]
+        return max(found, key=_merit)
+
+    problem, ranked = _searched(trace, topology, request, patience)
+    best = _refined(problem, ranked, request)
+    if own.count == 1 or request.mesh is not None:
+        return best
+    for stages in staging.worth_trying(best[0], best[1][0]):
+        if patience.cut:
+            break
+        other = _searched(best[0].trace.staged(stages), topology, request, patience)
+        other[0].unstaged = best[0].unstaged or best[1][0]
+        if other[1][0].may_fit:
+            best = max(best, other, key=_merit)
+    return best
 
 
 def _searched(
@@ -121,6 +155,7 @@ def _searched(
     patience.detail = "tracing the gradient"
     names = Names(trace.gradient("none"), trace.arguments)
     pins = pinning.read(request, trace, topology, names)
+    pins = staging.staged(pins, trace.forms.stages, topology)
     problem = Problem(trace, topology, request.objective, pins, patience)
     return problem, search(problem)
 
@@ -147,12 +182,13 @@ def _refined(
             continue
         tried.add(trace.forms)
         other = _searched(trace, problem.topology, request, problem.patience)
-        best = max(best, other, key=lambda pair: _merit(pair[1][0]))
+        best = max(best, other, key=_merit)
     return best
 
 
-def _merit(candidate: Candidate) -> tuple[bool, bool, float]:
-    """Return what makes a candidate better than that of another search."""
+def _merit(searched: tuple[Problem, list[Candidate]]) -> tuple[bool, bool, float]:
+    """Return what makes the best candidate of a search better than another's."""
+    candidate = searched[1][0]
     return candidate.fits, candidate.may_fit, -candidate.score
 
 
@@ -241,6 +277,9 @@ def _notes(
         notes.append(_may_not_fit(problem, chosen))
     if parts > 1 and problem.whole:
         notes.append(problem.batches.note(parts))
+    flight = problem.trace.forms.stages.parts
+    if flight > 1 and problem.batches.change:
+        notes.append(problem.batches.note_in_flight(flight))
     if patience.cut:
         notes.append(
             f"the search stopped after {patience.limit:.0f} s of computing, before it"
@@ -271,6 +310,7 @@ def _reasons(
         SIMPLEST: _why_not_the_fastest(problem, chosen, ranked),
         "memory": _why_not_plain(problem, chosen),
         "in one piece": _why_in_one_piece(problem, chosen, ranked),
+        "in stages": _why_in_stages(problem),
         **lengths.reasons(problem, chosen, duration),
     }
     return {decision: why for decision, why in reasons.items() if why}
@@ -327,6 +367,19 @@ def _why_in_one_piece(
     if is_in_parts or not is_faster_in_parts or not problem.whole:
         return None
     return f"micro-batches would change the model: {problem.batches.why}"
+
+
+def _why_in_stages(problem: Problem) -> str | None:
+    """Return why a pipeline was chosen that nobody asked for."""
+    plain = problem.unstaged
+    if plain is None:
+        return None
+    if not plain.may_fit:
+        memory = size(problem.topology.device.memory)
+        return f"without a pipeline nothing fits: {size(plain.peak)} of {memory}"
+    took = duration(plain.estimate.total)
+    waits = duration(plain.estimate.seconds["communication"])
+    return f"the best plan without a pipeline takes {took} a step, and waits {waits}"
 
 
 # ---- rivals ----

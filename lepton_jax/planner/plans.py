@@ -20,8 +20,9 @@ from lepton_jax.errors import PlanError
 from lepton_jax.planner.program.graph import Graph
 from lepton_jax.planner.program.layout import Layout, meets_stored
 from lepton_jax.planner.program.products import kind_of
+from lepton_jax.planner.program.staged import layers_of_stages, samples_of_parts
 from lepton_jax.planner.program.trace import Trace
-from lepton_jax.planner.rewrite import Forms
+from lepton_jax.planner.rewrite import Forms, Stages
 from lepton_jax.trees import by_path
 
 # what a plan may be best in: time of a step, memory of a device, price of a step
@@ -35,6 +36,10 @@ SINCE = {
     "peak_source",
     "loss_pieces",
     "attention",
+    "stages",
+    "stage_parts",
+    "stage_chunks",
+    "stage_groups",
     "products",
     "experts",
     "context",
@@ -177,6 +182,10 @@ class Plan:
         about; 1: all logits are there at once.
       attention: the kernel that computes attention: "blocks", "splash" (TPUs), or "":
         the model's own operations.
+      stages: of a pipeline of equal layers; 1: there is none.
+      stage_parts: micro-batches that are in flight in the pipeline.
+      stage_chunks: runs of layers of each stage.
+      stage_groups: runs of samples that have micro-batches of their own.
       products: how large kernels are multiplied: "fp8", "int8", "int8 as float32" where
         float32 emulates it, ...; "": in the dtype that the model computes in.
       experts: whether each device sorts the tokens that it has by their expert, in
@@ -216,6 +225,10 @@ class Plan:
     peak_source: str = ""
     loss_pieces: int = 1
     attention: str = ""
+    stages: int = 1
+    stage_parts: int = 1
+    stage_chunks: int = 1
+    stage_groups: int = 1
     products: str = ""
     experts: bool = False
     context: str = ""
@@ -275,7 +288,23 @@ class Plan:
     @property
     def forms(self) -> Forms:
         """The forms in which the loss is computed."""
-        return Forms(self.loss_pieces, self.attention, self.experts, self.products)
+        return Forms(
+            self.loss_pieces,
+            self.attention,
+            self.experts,
+            self.pipeline,
+            self.products,
+        )
+
+    @property
+    def pipeline(self) -> Stages:
+        """The pipeline of a stack of equal layers."""
+        return Stages(
+            self.stages,
+            self.stage_parts,
+            self.stage_chunks,
+            self.stage_groups,
+        )
 
     @property
     def step_seconds(self) -> float:
@@ -355,6 +384,10 @@ class Plan:
                 spec = tuple(_mask(entry, bits) for entry in array.spec)
                 not_named = len(value.shape) - len(spec)
                 storage.append(spec + (0,) * not_named)
+        parts = samples_of_parts(graph)
+        if parts is not None:
+            over = [uses.get(root, 0) for root in layers_of_stages(graph)]
+            uses[parts.part] = uses.get(parts.batch, 0) & ~max(over, default=0)
         return Layout(
             graph,
             tuple(self.mesh.values()),

@@ -589,11 +589,13 @@ class Program:
         forward: Callable[..., Any] = partial(evaluated, self.trace)
         if self.trace.tables:
             forward = cast_late(forward, self.trace.tables)
+        forward = self.plan.forms.of_model(forward)
+        names = ("params", "variables", "inputs")
         forward = laid_out(
-            self.plan.forms.of_model(forward),
+            rewrite.in_stages(forward, self.plan.pipeline, (names.index("inputs"),)),
             self.plan.layout,
             self.mesh,
-            ("params", "variables", "inputs"),
+            names,
         )
         return forward(params, variables, inputs)
 
@@ -618,11 +620,14 @@ class Program:
             totals = losses.measure(self.recipe, outputs, targets, rows)
             return totals["loss"][0], totals
 
+        names = ("params", "variables", "inputs", "targets", "rows")
+        samples = tuple(names.index(name) for name in names[2:])
+        in_pieces = self.plan.forms.of(measure)
         measure_in_pieces = laid_out(
-            self.plan.forms.of(measure),
+            rewrite.in_stages(in_pieces, self.plan.pipeline, samples),
             self.plan.layout,
             self.mesh,
-            ("params", "variables", "inputs", "targets", "rows"),
+            names,
         )
         return measure_in_pieces(params, variables, inputs, targets, rows)[1]
 

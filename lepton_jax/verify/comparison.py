@@ -23,7 +23,9 @@ from lepton_jax.planner.estimate.feeding import size
 from lepton_jax.planner.probe import early
 from lepton_jax.planner.program.kernels import KERNELS, attention_flops
 from lepton_jax.planner.program.ruled import hidden_flops
+from lepton_jax.planner.program.staged import of_one_stage
 from lepton_jax.planner.rewrite.own import OWN, OWN_OPERATIONS
+from lepton_jax.planner.rewrite.staged_attention import STAGED_KERNELS
 from lepton_jax.planner.show.text import meshed
 from lepton_jax.planner.show.words import si
 from lepton_jax.train.program import Program
@@ -115,8 +117,8 @@ def _kernel_flops(trace: Trace, plan: Plan, platform: str) -> float:
     graph = replace(trace, forms=plan.forms).gradient(plan.remat)
     whole = 0.0
     for op in graph.operations():
-        if is_splash and op.name in KERNELS:
-            whole += op.times * attention_flops(op)
+        if is_splash and op.name in (*KERNELS, *STAGED_KERNELS):
+            whole += op.times * attention_flops(of_one_stage(op))
         elif op.name in OWN_OPERATIONS:
             whole += op.times * hidden_flops(op.eqn, platform)
     return whole / math.prod(plan.mesh.values())

@@ -235,8 +235,11 @@ def test_a_function_of_the_same_name_is_no_mixture():
     assert not experts.has_mixture(jax.make_jaxpr(chosen_experts)(*arrays()).jaxpr)
 
 
-def test_xla_sends_what_is_planned_for_experts():
-    trace = traced().on(lepton.topology("cpu:8"))
+@pytest.mark.parametrize("length", (LENGTH, 256), ids=["tokens", "kernels"])
+def test_xla_sends_what_is_planned_for_experts(length):
+    """Few tokens are gathered for the experts, experts for many tokens."""
+    token = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    trace = lepton.trace(traced().recipe, token, token).on(lepton.topology("cpu:8"))
     plan = lepton.plan(trace, lepton.topology("cpu:8"), mesh={"expert": 8})
     assert plan.experts
 

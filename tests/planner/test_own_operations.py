@@ -256,7 +256,7 @@ def test_rows_stay_split_and_the_gradient_of_the_scale_is_a_sum():
 
     assert choice.results == ((1, 0), (0,))
     assert choice.sums == (0, 1)
-    assert choice.moves == (("all-reduce", 1, 16.0, "out"),)
+    assert choice.moves == (("all-reduce", 1, 16.0, "result 1"),)
     assert choice.share == 0.5
 
 
@@ -283,7 +283,14 @@ def test_a_dim_that_is_summed_over_is_split_and_added_up():
     choice = choice_of(product, [(8, 64), (64, 6)], {(0, 1): 1})
 
     assert choice.inputs == {0: (0, 1), 1: (1, 0)}
-    assert choice.moves == (("all-reduce", 1, 8 * 6 * 4.0, "out"),)
+    assert choice.moves == (("all-reduce", 1, 8 * 6 * 4.0, "result 0"),)
+
+
+def test_an_array_that_is_gathered_over_two_axes_is_counted_whole():
+    choice = choice_of(ruled_rows, [(7, 16), (16,)], {(0, 1): 3}, sizes=(2, 4))
+    gathers = [move for move in choice.moves if move[0] == "all-gather"]
+
+    assert ("all-gather", 3, 7 * 16 * 4.0, "operand 0") in gathers
 
 
 def test_flops_are_those_that_are_traced_or_told():

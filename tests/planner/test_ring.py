@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 import math
 from dataclasses import replace
 from functools import partial
@@ -258,10 +259,10 @@ def test_the_way_of_attention_is_kept_and_can_be_asked_for(short_attention):
 
 def test_a_plan_that_knows_no_ring_still_opens(short_attention):
     plan = lepton.plan(language(), lepton.topology("cpu:2"), mesh={"sequence": 2})
-    text = plan.to_json().replace(f'"context": "{plan.context}"', "")
-    text = text.rstrip("}\n ").rstrip(",\n ") + "}"
+    data = json.loads(plan.to_json())
+    del data["context"], data["flags"]
 
-    assert Plan.from_json(text) == replace(plan, context="")
+    assert Plan.from_json(json.dumps(data)) == replace(plan, context="", flags={})
 
 
 def long_sequences():

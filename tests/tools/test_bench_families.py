@@ -4,11 +4,14 @@ import json
 import os
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import lepton_jax as lepton
 from lepton_jax.planner.estimate import feeding
+from lepton_jax.planner.rewrite import forms
 from tools.bench import cli as bench
 from tools.bench import memory, step_time
 from tools.bench.families import (
@@ -20,6 +23,7 @@ from tools.bench.families import (
     half,
     history,
     load,
+    long,
     measuring,
     programs,
     shape,
@@ -236,3 +240,22 @@ def test_a_program_is_named_with_its_number():
         programs = 2
 
     assert command.chosen(Options) == [("vit", 3), ("t5", 0), ("t5", 1)]
+
+
+def test_long_programs_are_split_by_their_number():
+    tuning = long.names("tuning", 30)
+    judging = long.names("judging", 30)
+    assert not set(tuning) & set(judging)
+    assert {number % 2 for _, number in tuning} == {0}
+    assert {number % 2 for _, number in judging} == {1}
+
+
+@pytest.mark.parametrize("number", range(0, 40, 4))
+def test_a_long_program_is_drawn_again_as_it_was_and_has_long_attention(number):
+    first, again = (long.case(Draw(f"a test/{number}")) for _ in range(2))
+    assert str((first.inputs, first.fixed, _arguments(first.model))) == str(
+        (again.inputs, again.fixed, _arguments(again.model))
+    )
+    assert first.inputs.shape[1] >= forms.LEAST_LENGTH["tpu"]
+    made = nnx.eval_shape(lambda: first.model(rngs=nnx.Rngs(0)))
+    assert jax.tree.leaves(nnx.state(made)), "its sizes go together"

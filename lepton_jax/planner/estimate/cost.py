@@ -76,7 +76,9 @@ from lepton_jax.planner.program.layout import (
 )
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.ruled import Choice, own_bytes, own_flops
+from lepton_jax.planner.program.staged import of_one_stage
 from lepton_jax.planner.program.trace import Trace
+from lepton_jax.planner.rewrite.staged_attention import STAGED_KERNELS
 from lepton_jax.planner.xla import operations
 from lepton_jax.planner.xla.figures import HIDDEN_SHARE, WAITED_SHARE
 from lepton_jax.planner.xla.flags import FUSES, KEEPS_GATHERS
@@ -447,7 +449,7 @@ class Cost:
             and not moved_before(layout, job.product, decision, move, job.earlier)
         )
         collectives = self._compiled(moves, job, layout)
-        if job.op.name in KERNELS:
+        if job.op.name in (*KERNELS, *STAGED_KERNELS):
             return self._kernel(job.op, layout, decision, collectives)
         if decision.choice is not None:
             return self._own(job.op, decision, decision.choice, collectives)
@@ -476,9 +478,10 @@ class Cost:
         spec = decision.inputs.get(0, layout.use(query))
         share = layout.bytes(query, spec) / operations.size(query)
         devices = layout.counts[spec[LENGTH]]
-        if devices == 1:
-            flops = share * attention_flops(op)
-            seconds = attention_seconds(op, self.chip) * share
+        if devices == 1 or op.name in STAGED_KERNELS:
+            whole = of_one_stage(op)
+            flops = share * attention_flops(whole)
+            seconds = attention_seconds(whole, self.chip) * share
             return Work(seconds + self.chip.op_seconds, flops, collectives)
 
         # the ring's devices have their own part of the length
@@ -548,7 +551,7 @@ class Cost:
             bytes_ *= job.share
         bytes_ /= move.steps
         hidden = job.gather is not None or (
-            move.where == "out" and job.op.outputs[0].stored is not None
+            move.where.startswith(("out", "result")) and value.stored is not None
         )
         # XLA's CPU backend joins all reductions of gradients, and no all-gathers.
         if self.topology.platform == "cpu" and self.motion.is_summed(value):
@@ -667,7 +670,7 @@ class Cost:
         extent = value.shape[dim] / layout.counts[spec[dim]]
         if layout.parts > 1:
             root = self.graph.find(value.nodes[dim])
-            if self.names.of.get(root) == self.names.batch:
+            if self.names.of.get(root) in self.names.samples:
                 extent /= layout.parts
         return extent
 

@@ -24,6 +24,8 @@ from lepton_jax.planner.program.kernels import KERNELS
 from lepton_jax.planner.program.layout import Contraction, contraction
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.rewrite.own import OWN_OPERATIONS
+from lepton_jax.planner.rewrite.stage_moves import MOVES
+from lepton_jax.planner.rewrite.staged_attention import STAGED_KERNELS
 from lepton_jax.planner.xla.operations import DOTS, operands
 
 
@@ -108,7 +110,7 @@ class Jobs:
             values = operands(op) + op.outputs[:1]
             # An empty array computes and moves nothing.
             empty = any(0 in v.shape for v in values)
-            has_rule = op.name in OWN_OPERATIONS
+            has_rule = op.name in (*OWN_OPERATIONS, *MOVES)
             if (product is not None or op.whole or has_rule) and not empty:
                 self._add(op, product, loop, values, None)
             if not op.regions and any(v.stored is None for v in op.outputs):
@@ -147,7 +149,8 @@ class Jobs:
         before = [read.op for reads in earlier.values() for read in reads]
         involved = [v for o in before for v in (*operands(o), *o.outputs)]
         groups = self._groups([*values, *involved])
-        if not groups and op.name not in {*DOTS, *KERNELS, *OWN_OPERATIONS}:
+        computes = {*DOTS, *KERNELS, *STAGED_KERNELS, *OWN_OPERATIONS}
+        if not groups and op.name not in computes:
             return
         looks = self._looks(op, values)
         taps = used_taps(op, self._pads.before(op))

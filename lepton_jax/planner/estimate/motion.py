@@ -294,13 +294,16 @@ def moved_value(
     """
     if move.where == "out":
         return op.outputs[0]
-    if move.where.startswith("input"):
-        number = int(move.where.removeprefix("input "))
+    side, _, place = move.where.partition(" ")
+    if side == "result":
+        return op.outputs[int(place)]
+    if side in ("input", "operand"):
+        number = int(place)
     else:
         assert product is not None, move
-        side = product.left if move.where == "left" else product.right
-        assert side is not None, move
-        number = side
+        own = product.left if move.where == "left" else product.right
+        assert own is not None, move
+        number = own
     value = op.inputs[number]
     assert value is not None
     return value

@@ -12,6 +12,7 @@ from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.program.graph import Graph, Value
 from lepton_jax.planner.program.layout import itemsize, meets_stored
 from lepton_jax.planner.program.named import Names
+from lepton_jax.planner.program.staged import IN_PART
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.planner.xla.figures import LANES, SUBLANES
 from lepton_jax.trees import by_path, nbytes
@@ -105,6 +106,7 @@ class Sizes:
         dims = [rank] * rank
         if own_dims:
             dims = [own_dims[d] for d in order] + [rank] * blank
+            dims = [rank if dim == IN_PART else dim for dim in dims]
         wide = [extent > 1 for extent in value.shape]
         places = []
         for dim in order:
@@ -191,7 +193,7 @@ class Sizes:
         local = self.extents / np.array(assignment.counts)[masks]
         parts = np.ones(len(masks))
         if assignment.micro_batches > 1 and self.names.batch is not None:
-            samples = (self.groups == self.names.batch).any(1)
+            samples = np.isin(self.groups, list(self.names.samples)).any(1)
             parts[samples] = assignment.micro_batches
         pads = tiling(local, self._places) if tiled else 1.0
         return local.prod(1) * pads * self._itemsizes / parts

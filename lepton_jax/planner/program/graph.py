@@ -42,11 +42,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal, scan_counts
 from lepton_jax.planner.program.rules import ELEMENTWISE, RULES, unknown
+from lepton_jax.planner.program.staged import IN_PART, Samples, behind
 from lepton_jax.planner.rewrite.eight_bits import GRADIENT
+from lepton_jax.planner.rewrite.stage_moves import LAYERS, LAYERS_BACK
 
 # Calls are inlined: primitive name to the parameter that holds the jaxpr of the call.
 CALLS = {
@@ -84,6 +84,8 @@ KEEPING = {
     "transpose",
     "stop_gradient",
     "copy_p",
+    LAYERS,
+    LAYERS_BACK,
 }
 
 # What is between the sums of a product of 8 bits and its result.
@@ -93,10 +95,7 @@ SCALING = {"name", "mul", "convert_element_type"}
 # Assumption: below, a copy in memory costs less than computing it at each step.
 WORTH_SINKING = 2**16
 
-# Behind a dim that has some of the rows of a parameter's.
-IN_PART = -1
-
-# (number of a parameter, the parameter's dim behind each dim of the value)
+# (number of a parameter, the parameter's dim behind each dim of the value, or IN_PART)
 Stored = tuple[int, tuple[int, ...]]
 
 
@@ -246,6 +245,7 @@ class Graph:
       unknown: primitive name to count, for the primitives without a rule.
       pieces: node of a grouped convolution's channels to the number of groups, none of
         which can be split.
+      samples: the samples of a batch and of a pipeline's micro-batch, if there is one.
       lasting: indices of the stored values that live from the forward pass to the
         backward pass.
     """
@@ -265,6 +265,7 @@ class Graph:
         self.stepping: list[tuple[Operation, int]] = []
         self.unknown: dict[str, int] = {}
         self.pieces: dict[int, int] = {}
+        self.samples: Samples | None = None
 
         # values that only positions decide, with what computes them; None for constants
         self._positional: dict[int, Operation | None] = {}
@@ -336,9 +337,9 @@ class Graph:
         self.values.append(value)
         return value
 
-    def scratch(self, shape: tuple[int, ...]) -> Value:
-        """Add an array that an operation needs while it runs, in float32."""
-        return self._new_value(shape, np.dtype("float32"))
+    def scratch(self, shape: tuple[int, ...], dtype: Any) -> Value:
+        """Add an array that an operation needs while it runs."""
+        return self._new_value(shape, dtype)
 
     def _values_of(
         self,
@@ -770,6 +771,8 @@ def _store_outputs(operation: Operation) -> None:
         index, dims = source.stored
         if operation.name == "transpose":
             dims = tuple(dims[d] for d in operation.params["permutation"])
+        elif operation.name == LAYERS:
+            index, dims = behind(LAYERS, source.stored)
         target.stored = (index, dims)
 
 
@@ -842,6 +845,8 @@ def _store_sources(
         if operation.name == "transpose":
             order = operation.params["permutation"]
             dims = tuple(dims[order.index(d)] for d in range(len(order)))
+        elif operation.name == LAYERS_BACK:
+            parameter, dims = behind(LAYERS_BACK, target.stored)
         _store(source, (parameter, dims))
     elif operation.name == "pad":
         part = operation.inputs[0]

@@ -40,6 +40,7 @@ from lepton_jax.compat import Jaxpr, Literal, scan_counts
 from lepton_jax.planner.rewrite.attention import ATTENTION
 from lepton_jax.planner.rewrite.eight_bits import RESULT
 from lepton_jax.planner.rewrite.program import Uses, equations, parts
+from lepton_jax.planner.rewrite.staged_attention import STAGED
 
 KEEP = "keep"
 LIST = r"(?:attention|\d+(?:-\d+)?)(?:,\d+(?:-\d+)?)*"
@@ -109,7 +110,7 @@ class Keeping(NamedTuple):
         attention = ALL_ATTENTION in keys
 
         def keeps_it(primitive: Any, *avals: Any, **params: Any) -> Any:
-            if primitive.name == ATTENTION:
+            if primitive.name in (ATTENTION, STAGED):
                 return attention
             return keeps(primitive, *avals, **params)
 

@@ -58,7 +58,16 @@ from lepton_jax.planner.program.kernels import (
     length_dim,
 )
 from lepton_jax.planner.program.ruled import Choice, decided
+from lepton_jax.planner.program.staged import attention_spec, in_between, sent, stay
 from lepton_jax.planner.rewrite.own import OWN_OPERATIONS
+from lepton_jax.planner.rewrite.stage_moves import (
+    MOVES,
+    PARTS,
+    PARTS_BACK,
+    PICK,
+    PLACE,
+)
+from lepton_jax.planner.rewrite.staged_attention import STAGED_KERNELS
 
 # A mask of mesh axes for each dim; mesh axis i is bit 1 << i.
 Spec = tuple[int, ...]
@@ -123,7 +132,9 @@ def contraction(op: Operation) -> Contraction | None:
     if name in ("scatter-add", "scatter_add") and None not in op.inputs[1:3]:
         return _scattered_sum(op)
     if name.startswith("reduce_") and "axes" in op.params:
-        return _reduction(op)
+        return _reduction(op, op.params["axes"])
+    if name == PICK:
+        return _reduction(op, (0,))
     return None
 
 
@@ -222,11 +233,10 @@ def _scattered_sum(op: Operation) -> Contraction:
     return Contraction(2, 1, tuple(indices))
 
 
-def _reduction(op: Operation) -> Contraction | None:
+def _reduction(op: Operation, axes: Iterable[int]) -> Contraction | None:
     source = op.inputs[0]
     if source is None or len(op.outputs) != 1:
         return None
-    axes = op.params["axes"]
     out = iter(range(len(op.outputs[0].shape)))
     indices = []
     for d in range(len(source.shape)):
@@ -252,7 +262,8 @@ class Move(NamedTuple):
         "collective-permute" and "permutation" (see `around`).
       axes: mask of the mesh axes over which it runs.
       bytes: of a device (see Link.seconds).
-      where: "left", "right", "out" or "input N".
+      where: "left", "right", "out" or "input N"; of an operation with a user's rule
+        "operand N" or "result N".
       steps: collectives that send these bytes one after the other.
     """
 
@@ -436,7 +447,18 @@ class Layout:
             return self._attend(op, specs)
         if op.name in OWN_OPERATIONS:
             return self._own(op, specs, moves)
+        if op.name in (*STAGED_KERNELS, *MOVES):
+            return self._between_stages(op, specs)
+        return self._whole(op, specs, wanted, moves)
 
+    def _whole(
+        self,
+        op: Operation,
+        specs: dict[int, Spec],
+        wanted: dict[int, Spec],
+        moves: list[Move],
+    ) -> Decision:
+        """Decide how an operation is split that needs some dims whole."""
         for number, dim in op.whole:
             spec = specs.get(number, ())
             if spec and spec[dim]:
@@ -502,6 +524,75 @@ class Layout:
                 kind, where, size, steps = passage
                 moves.append(Move(kind, shares.ring, size, where, steps))
         return Decision(wanted, None, tuple(moves))
+
+    def _between_stages(
+        self,
+        op: Operation,
+        specs: dict[int, Spec],
+    ) -> Decision:
+        """Decide how operations of all stages are split."""
+        if op.name in MOVES:
+            return self._move_stages(op, specs)
+        return self._attend_in_stages(op, specs)
+
+    def _attend_in_stages(
+        self,
+        op: Operation,
+        specs: dict[int, Spec],
+    ) -> Decision:
+        """Decide how attention of all stages is split: stages, samples and heads."""
+        wanted = {}
+        moves = []
+        for number, spec in specs.items():
+            value = op.inputs[number]
+            assert value is not None
+            goal = attention_spec(specs.values(), value.shape)
+            if goal != spec:
+                wanted[number] = goal
+                moves += self._gather(number, value, spec, goal)
+        return Decision(wanted, None, tuple(moves))
+
+    def _move_stages(
+        self,
+        op: Operation,
+        specs: dict[int, Spec],
+    ) -> Decision:
+        """Decide how a move between stages is split: as its result is."""
+        value = op.inputs[0]
+        if value is None:
+            return Decision({}, None, ())
+        spec = specs[0]
+        if op.name == PLACE:
+            goal = self.spec(op.outputs[0])[1:]
+            moves = self._gather(0, value, spec, goal)
+            return Decision({} if goal == spec else {0: goal}, None, tuple(moves))
+        if op.name in (PARTS, PARTS_BACK):
+            return self._take_apart(op, spec)
+        needs = sent(op, spec)
+        if needs is None:
+            return Decision({}, None, ())
+        size = self.bytes(value, spec)
+        return Decision({}, None, (Move(needs.kind, needs.axes, size, "input 0"),))
+
+    def _take_apart(self, op: Operation, spec: Spec) -> Decision:
+        """Decide how samples become micro-batches, or these samples again."""
+        result = self.spec(op.outputs[0])
+        value = op.inputs[0]
+        assert value is not None
+        whole, parted = (result, spec) if op.name == PARTS_BACK else (spec, result)
+        between = in_between(whole, parted)
+        moves = []
+        if not stay(between, op.params["groups"], self.counts):
+            axes = between[0] | between[1]
+            moves.append(Move("all-to-all", axes, self.bytes(value, spec), "input 0"))
+        if op.name == PARTS_BACK:
+            wanted = {} if between == spec else {0: between}
+            return Decision(wanted, None, tuple(moves))
+        if between == result:
+            return Decision({}, None, tuple(moves))
+        size = self.bytes(op.outputs[0], result)
+        moves.append(Move("all-gather", between[0], size, "out"))
+        return Decision({}, between, tuple(moves))
 
     def _own(
         self,

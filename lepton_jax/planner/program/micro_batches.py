@@ -72,6 +72,18 @@ class MicroBatches:
             f" them; micro_batches={parts} in the recipe says that this is meant"
         )
 
+    def note_in_flight(self, parts: int) -> str:
+        """Return a plan's note on the micro-batches of a pipeline.
+
+        Args:
+          parts: the number of micro-batches.
+        """
+        rows = self.batch_size // parts
+        return (
+            f"{self.why}: where that is in the layers of the pipeline, they now see"
+            f" {rows} samples at a time instead of {self.batch_size}"
+        )
+
 
 def _updated_variables(trace: Trace) -> list[str]:
     """List the paths of the variables that a train step changes."""

@@ -24,6 +24,7 @@ from typing import NamedTuple
 from lepton_jax.planner.program.graph import Graph
 from lepton_jax.planner.program.kernels import KERNELS, LENGTH
 from lepton_jax.planner.program.layout import Spec
+from lepton_jax.planner.program.staged import layers_of_stages, samples_of_parts
 
 # Bytes: a smaller array is kept whole on each device. Assumption: gathering it would
 # cost more than it frees.
@@ -95,6 +96,9 @@ class Names:
       of: root to its group's number.
       batch: number of the batch's group; None: there is no batch.
       rows: numbers of the groups by which embeddings are looked up.
+      stages: numbers of the groups that are the stages of a pipeline.
+      samples: numbers of the groups of samples: the batch, and the samples of a
+        pipeline's micro-batch.
       lengths: numbers of the groups that are the sequence of a kernel of attention.
       batched: indices of the values that hold samples.
       patterns: for each input, its path with layer numbers starred.
@@ -122,6 +126,9 @@ class Names:
 
         self.batch = self._batch_group(roots)
         self.rows = self._row_groups()
+        layers = layers_of_stages(graph)
+        self.stages = {self.of[root] for root in layers if root in self.of}
+        self.samples = self._sample_groups()
         self.lengths = self._length_groups()
         self.batched = self._values_with_samples()
         self._dims = self._dims_of_inputs()
@@ -158,6 +165,10 @@ class Names:
         extents = self._extents()
         for places in members.values():
             groups.append(self._group(places, roots, extents))
+        known = {root for group in groups for root in group.roots}
+        parts = samples_of_parts(graph)
+        if parts is not None and parts.part not in known:
+            groups.append(_group_of_parts(parts.part, extents[parts.part]))
         return groups
 
     def _extents(self) -> dict[int, list[int]]:
@@ -299,11 +310,18 @@ class Names:
                     rows.add(self.of[root])
         return rows - {self.batch}
 
+    def _sample_groups(self) -> frozenset[int]:
+        samples = samples_of_parts(self.graph)
+        groups = {self.batch} - {None}
+        if samples is not None and samples.part in self.of:
+            groups.add(self.of[samples.part])
+        return frozenset(groups)  # type: ignore[arg-type]
+
     def _values_with_samples(self) -> frozenset[int]:
         if self.batch is None:
             return frozenset()
         find = self.graph.find
-        batch = set(self.groups[self.batch].roots)
+        batch = {root for k in self.samples for root in self.groups[k].roots}
         return frozenset(
             value.index
             for value in self.graph.values
@@ -462,6 +480,18 @@ class Names:
             if not dim.stepped:
                 elements *= dim.whole
         return elements * ITEMSIZE < SMALL
+
+
+def _group_of_parts(root: int, extents: Sequence[int]) -> Group:
+    """Return the group of the samples of a pipeline's micro-batch."""
+    return Group(
+        name="batch of a stage",
+        roots=(root,),
+        size=max(extents),
+        divisor=math.gcd(*extents),
+        members=(),
+        weight=0.0,
+    )
 
 
 def starred(path: str) -> str:

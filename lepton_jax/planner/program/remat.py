@@ -50,7 +50,9 @@ from lepton_jax.planner.program.keeping import SMALL, is_layer, nbytes
 from lepton_jax.planner.rewrite.attention import ATTENTION
 from lepton_jax.planner.rewrite.eight_bits import RESULT
 from lepton_jax.planner.rewrite.own import OWN
+from lepton_jax.planner.rewrite.pipeline import PROJECTION
 from lepton_jax.planner.rewrite.program import opened
+from lepton_jax.planner.rewrite.staged_attention import STAGED
 
 
 def _projections(primitive: Any, *avals: Any, **params: Any) -> bool:
@@ -63,6 +65,8 @@ def _projections(primitive: Any, *avals: Any, **params: Any) -> bool:
     if primitive.name == "dot_general" and avals[0].dtype.itemsize == 1:
         return False
     keeps = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    if params.get("name") == PROJECTION or primitive.name == STAGED:
+        return True
     if primitive.name == OWN:
         return params["own"].rule.kept
     return primitive.name == ATTENTION or bool(keeps(primitive, *avals, **params))

@@ -139,10 +139,11 @@ def decided(layout: Any, op: Any, specs: dict[int, Spec]) -> Choice:
     wanted = [layout.spec(value) for value, _ in arrays.results]
     split: dict[str, int] = {}
     axes = 0
-    moves: list[Any] = []
+    moves: list[_Move] = []
     for axis in range(len(layout.sizes)):
         bit = 1 << axis
-        options = list(_options(layout, arrays, specs, wanted, split, bit))
+        grown = _grown(moves)
+        options = list(_options(layout, arrays, specs, wanted, split, bit, grown))
         if any(option.meets for option in options):
             options = [option for option in options if option.name is not None]
         name, needed, *_ = min(options, key=lambda option: option.rank)
@@ -166,7 +167,7 @@ def decided(layout: Any, op: Any, specs: dict[int, Spec]) -> Choice:
         tuple(results),
         tuple(sums),
         tuple(scattered),
-        tuple(_merged(moves)),
+        tuple(_merged(layout, moves)),
         1 / layout.counts[axes],
     )
 
@@ -318,7 +319,8 @@ def _scratch(graph: Any, op: Any, names: Names) -> Any:
             extents.update(zip(own, dims, strict=True))
     if not set(names) <= extents.keys():
         return None
-    value = graph.scratch(tuple(extents[name][0] for name in names))
+    dtype = op.outputs[0].dtype
+    value = graph.scratch(tuple(extents[name][0] for name in names), dtype)
     for node, name in zip(value.nodes, names, strict=True):
         graph.join(node, extents[name][1])
     return value
@@ -335,7 +337,7 @@ class _Option(NamedTuple):
     """
 
     name: str | None
-    moves: list[Any]
+    moves: list[_Move]
     meets: int
     rank: tuple[float, int]
 
@@ -347,31 +349,42 @@ def _options(
     wanted: list[Spec],
     split: dict[str, int],
     bit: int,
+    grown: dict[str, int],
 ) -> Iterator[_Option]:
-    """Yield each way to give a mesh axis to a dim, or to none."""
+    """Yield each way to give a mesh axis to a dim, or to none.
+
+    Args:
+      layout: of the graph.
+      arrays: of the operation.
+      specs: in which the operands lie.
+      wanted: the specs that are wanted of the results.
+      split: the mesh axes that split each name already.
+      bit: the mesh axis.
+      grown: the mesh axes over which each array is gathered, or scattered, already.
+    """
     for name in (*arrays.free, None):
         if name is not None and not _divides(layout, arrays, name, split, bit):
             continue
-        moves: list[Any] = []
+        moves: list[_Move] = []
         meets = 0
         for number, value, names in arrays.inputs:
             here = _place(specs[number], bit)
             there = names.index(name) if name in names else None
             meets += name is not None and here is not None and here == there
             size = layout.bytes(value, specs[number])
-            moves += _moves_of(layout, here, there, bit, size, f"input {number}")
+            moves += _moves_of(here, there, bit, size, f"operand {number}")
         triples = zip(arrays.results, arrays.sums, wanted, strict=True)
         for number, ((value, names), sums, goal) in enumerate(triples):
-            where = f"out/{number}"
+            where = f"result {number}"
             here = names.index(name) if name in names else None
             there = _place(goal, bit)
             meets += name is not None and here is not None and here == there
             size = layout.bytes(value, goal)
             if name in sums:
-                moves += _sum_of(layout, there, bit, size, where)
+                moves.append(_sum_of(there, bit, size, where))
             else:
-                moves += _result_moves(layout, here, there, bit, size, where)
-        cost = sum(_weight(layout, move) for move in moves)
+                moves += _result_moves(here, there, bit, size, where)
+        cost = sum(_weight(layout, move, grown) for move in moves)
         yield _Option(name, moves, meets, (cost, -meets if name is not None else 1))
 
 
@@ -386,52 +399,81 @@ def _divides(
     return True
 
 
+class _Move(NamedTuple):
+    """A collective over one mesh axis.
+
+    Attributes:
+      kind, where: as in `layout.Move`.
+      bit: the mesh axis.
+      bytes: what a device has of the array.
+      grows: whether it sends as many times more as the mesh axis has devices.
+    """
+
+    kind: str
+    bit: int
+    bytes: float
+    where: str
+    grows: bool
+
+
 def _moves_of(
-    layout: Any, here: int | None, there: int | None, bit: int, size: float, where: str
-) -> list[Any]:
+    here: int | None, there: int | None, bit: int, size: float, where: str
+) -> list[_Move]:
     """List the move of an operand whose dim `here` is split, to a split of `there`."""
     if here is None or here == there:
         return []
     if there is None:
-        return [("all-gather", bit, size * layout.counts[bit], where)]
-    return [("all-to-all", bit, size, where)]
+        return [_Move("all-gather", bit, size, where, True)]
+    return [_Move("all-to-all", bit, size, where, False)]
 
 
 def _result_moves(
-    layout: Any, here: int | None, there: int | None, bit: int, size: float, where: str
-) -> list[Any]:
+    here: int | None, there: int | None, bit: int, size: float, where: str
+) -> list[_Move]:
     """List the move of a result, of which a device is to have `size` bytes."""
     if here is None or here == there:
         return []
-    if there is None:
-        return [("all-gather", bit, size, where)]
-    return [("all-to-all", bit, size, where)]
+    kind = "all-gather" if there is None else "all-to-all"
+    return [_Move(kind, bit, size, where, False)]
 
 
-def _sum_of(
-    layout: Any, there: int | None, bit: int, size: float, where: str
-) -> list[Any]:
-    if there is None:
-        return [("all-reduce", bit, size, where)]
-    return [("reduce-scatter", bit, size * layout.counts[bit], where)]
+def _sum_of(there: int | None, bit: int, size: float, where: str) -> _Move:
+    kind = "all-reduce" if there is None else "reduce-scatter"
+    return _Move(kind, bit, size, where, there is not None)
 
 
-def _weight(layout: Any, move: Any) -> float:
-    """Return the bytes that a move sends, as `layout._weight` has them."""
-    kind, bit, size, _ = move
-    if kind == "all-reduce":
-        return 2 * size
-    return size / layout.counts[bit] if kind == "all-to-all" else size
+def _grown(moves: list[_Move]) -> dict[str, int]:
+    """Return the mesh axes over which each array is gathered or scattered."""
+    grown: dict[str, int] = {}
+    for move in moves:
+        if move.grows:
+            grown[move.where] = grown.get(move.where, 0) | move.bit
+    return grown
 
 
-def _merged(moves: list[Any]) -> Iterator[Any]:
+def _weight(layout: Any, move: _Move, grown: dict[str, int]) -> float:
+    """Return the bytes that a move sends in addition, as `layout._weight` has them."""
+    counts = layout.counts
+    if move.kind == "all-reduce":
+        return 2 * move.bytes
+    if move.kind == "all-to-all":
+        return move.bytes / counts[move.bit]
+    if not move.grows:
+        return move.bytes
+    before = grown.get(move.where, 0)
+    less = counts[before] if before else 0
+    return move.bytes * (counts[before | move.bit] - less)
+
+
+def _merged(layout: Any, moves: list[_Move]) -> Iterator[tuple[str, int, float, str]]:
     """Yield moves; those of one kind of one array are one, over all their axes."""
-    merged: dict[tuple[str, str], tuple[int, float]] = {}
-    for kind, bit, size, where in moves:
-        mask, before = merged.get((kind, where), (0, 0.0))
-        merged[kind, where] = (mask | bit, max(size, before))
-    for (kind, where), (mask, size) in merged.items():
-        yield kind, mask, size, where.partition("/")[0]
+    merged: dict[tuple[str, str], _Move] = {}
+    for move in moves:
+        key = (move.kind, move.where)
+        before = merged.get(key, move)
+        merged[key] = before._replace(bit=before.bit | move.bit)
+    for kind, mask, size, where, grows in merged.values():
+        yield kind, mask, size * (layout.counts[mask] if grows else 1), where
 
 
 def _spec(names: Names, split: dict[str, int]) -> Spec:

@@ -17,8 +17,11 @@ from typing import Any
 from lepton_jax.planner.program.kernels import join_attention
 from lepton_jax.planner.program.ragged import RAGGED, join_ragged
 from lepton_jax.planner.program.ruled import join_own
+from lepton_jax.planner.program.staged import join_staged_attention, join_stages
 from lepton_jax.planner.rewrite.attention import ATTENTION, ATTENTION_GRADIENT
 from lepton_jax.planner.rewrite.own import OWN, OWN_GRADIENT
+from lepton_jax.planner.rewrite.stage_moves import MOVES
+from lepton_jax.planner.rewrite.staged_attention import STAGED_KERNELS
 
 # A rule is called with the graph, whose join(a, b) says that two nodes are one, and the
 # operation, whose `whole` and `reduced` it fills. Dims that a rule does not join stay
@@ -607,6 +610,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys(REDUCTIONS, _reduction),
     **dict.fromkeys(SOURCES, _source),
+    **dict.fromkeys(MOVES, join_stages),
+    **dict.fromkeys(STAGED_KERNELS, join_staged_attention),
     ATTENTION: join_attention,
     ATTENTION_GRADIENT: join_attention,
     OWN: join_own,

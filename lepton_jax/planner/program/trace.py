@@ -28,7 +28,9 @@ from lepton_jax.planner.program.ragged import RAGGED, ragged_flops
 from lepton_jax.planner.program.remat import keepable, rematerialized
 from lepton_jax.planner.program.ruled import own_flops
 from lepton_jax.planner.program.tables import find_tables
+from lepton_jax.planner.rewrite.forms import SAMPLES
 from lepton_jax.planner.rewrite.own import OWN
+from lepton_jax.planner.rewrite.stages import layers_of
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.embeddings import NO_TABLES, Tables, compacted
 from lepton_jax.step.module import Functional, forward_sowing, functional, leaks
@@ -115,6 +117,23 @@ class Trace:
             return self
         return replace(self, rewritten=rewritten, forms=forms)
 
+    def staged(self, stages: rewrite.Stages) -> Trace:
+        """Return the trace of the program with a pipeline of layers.
+
+        Args:
+          stages: the pipeline.
+        """
+        return replace(self, forms=replace(self.forms, stages=stages))
+
+    def stack(self, parts: int) -> int:
+        """Return the layers of the stack that a pipeline would divide; 0: none.
+
+        Args:
+          parts: micro-batches in flight.
+        """
+        loss, args = self._loss_and_shapes()
+        return layers_of(self.forms.of(loss), parts, SAMPLES, args)
+
     def gradient(self, remat: str) -> Graph:
         """Return the graph of one batch's gradients, weighted sums and variables.
 
@@ -136,9 +155,14 @@ class Trace:
 
     def _traced_loss(self, forms: rewrite.Forms = PLAIN) -> ClosedJaxpr:
         """Return the training loss of a batch, and all that is measured of it."""
+        loss, shapes = self._loss_and_shapes()
+        return jax.make_jaxpr(forms.of(loss))(*shapes)
+
+    def _loss_and_shapes(self) -> tuple[Any, tuple]:
+        """Return the training loss of a batch, and the shapes of its arguments."""
         state = self.state
         loss = whole_loss(self.recipe, self.functional, micro_batches=1)
-        return jax.make_jaxpr(forms.of(loss))(
+        return loss, (
             state.params,
             state.variables,
             self.key,

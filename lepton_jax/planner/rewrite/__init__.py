@@ -17,8 +17,8 @@ another order.
 
 TPUs, GPUs and programs for several devices are left alone by these passes. What
 `forms` chooses is for all: a loss whose logits never exist whole (`head`), attention
-whose scores don't (`softmax`, `attention`, `splash`), and products of 8 bits (`narrow`,
-`eight_bits`).
+whose scores don't (`softmax`, `attention`, `splash`), a stack of layers as a pipeline
+(`stages`, `pipeline`), and products of 8 bits (`narrow`, `eight_bits`).
 """
 
 from __future__ import annotations
@@ -33,15 +33,19 @@ from lepton_jax.compat import ClosedJaxpr
 from lepton_jax.planner.rewrite import forms as choice
 from lepton_jax.planner.rewrite import kept, loops, pooling, products, slices, units
 from lepton_jax.planner.rewrite.forms import Forms
+from lepton_jax.planner.rewrite.pipeline import Stages
 from lepton_jax.planner.rewrite.program import equations, flat, run
 from lepton_jax.planner.rewrite.softmax import fused
+from lepton_jax.planner.rewrite.stages import in_stages
 
 __all__ = [
     "PASSES",
     "Forms",
+    "Stages",
     "applies",
     "forms_for",
     "fused",
+    "in_stages",
     "only",
     "rewritten",
 ]

@@ -63,7 +63,13 @@ DIMS = (
 )
 
 
-@rule(DIMS, whole="dim chosen", summed="experts hidden")
+# The rows of tokens, and of hidden units, that are there at once in the backward pass:
+# gates, products and their slopes. Seen in what libtpu 0.0.42 holds (`tools/plan.py
+# recipes/lm.py --size 1b --experts 8 --dropless --on v5p:2x2x2 --verify`).
+WORKSPACE = ", ".join(3 * ["... chosen hidden"] + 2 * ["... chosen dim"])
+
+
+@rule(DIMS, whole="dim chosen", summed="experts hidden", workspace=WORKSPACE)
 def mixture(
     x: jax.Array,
     choices: jax.Array,

@@ -15,7 +15,10 @@ from typing import Any
 
 from lepton_jax.compat import ClosedJaxpr, Jaxpr
 from lepton_jax.planner.rewrite import experts, head, narrow, softmax, splash
+from lepton_jax.planner.rewrite.pipeline import NO_STAGES, Stages
 from lepton_jax.planner.rewrite.program import opened, parts
+from lepton_jax.planner.rewrite.stages import in_stages
+from lepton_jax.step.training_loss import ARGUMENTS
 
 # Bytes of logits in float32 that a device may hold at once. Assumption: a hundredth of
 # the memory of the chips that train language models (v5p 95 GiB, H200 141 GB).
@@ -42,6 +45,8 @@ LEAST_LENGTH = {"cpu": 256, "tpu": 512, "gpu": 1024}
 # Bytes of scores in float32 on a device from which a GPU computes attention in blocks.
 # Assumption: blocks cost more kernels, and save what scores take.
 MOST_SCORES = 2**30
+# Numbers of a training loss's arguments that hold samples.
+SAMPLES = tuple(ARGUMENTS.index(name) for name in ("inputs", "targets"))
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Forms:
       attention: the kernel that computes attention, as in `attention.How`; "": the
         model's own operations.
       experts: whether mixtures that drop no token are operations with a rule.
+      stages: the pipeline of a stack of equal layers.
       products: how large kernels are multiplied, as in `narrow.narrowed`; "": in the
         dtype that the model computes in.
     """
@@ -60,10 +66,11 @@ class Forms:
     loss_pieces: int = 1
     attention: str = ""
     experts: bool = False
+    stages: Stages = NO_STAGES
     products: str = ""
 
     def of(self, loss: Callable) -> Callable:
-        """Return a loss in these forms, but for its products.
+        """Return a loss in these forms, but for its pipeline and its products.
 
         An evaluation multiplies in the dtype that the model computes in.
         """
@@ -112,7 +119,8 @@ def forms_for(
         shape = head.logits_shape(traced())
         pieces = _loss_pieces(shape, devices, micro_batches)
     kernel = _kernel(forward, platform, devices)
-    return Forms(pieces, kernel, experts.has_mixture(forward.jaxpr), products)
+    mixture = experts.has_mixture(forward.jaxpr)
+    return Forms(pieces, kernel, mixture, products=products)
 
 
 def logits_bytes(elements: int, devices: int) -> float:
@@ -124,7 +132,8 @@ def logits_bytes(elements: int, devices: int) -> float:
 
 
 def _in_turn(forms: Forms, remade: Callable, loss: Callable) -> Callable:
-    return remade(forms.of(narrow.narrowed(loss, forms.products)))
+    narrowed = narrow.narrowed(loss, forms.products)
+    return in_stages(remade(forms.of(narrowed)), forms.stages, SAMPLES)
 
 
 def _loss_pieces(

@@ -55,7 +55,7 @@ def opened(program: ClosedJaxpr) -> ClosedJaxpr:
             return bind(eqn, operands, jaxpr=opened(eqn.params["jaxpr"]))
         if name not in NAMED_PARTS:
             return None
-        return run(_called(eqn), operands, rule)
+        return run(called(eqn), operands, rule)
 
     return retraced(program, rule)
 
@@ -156,6 +156,12 @@ def parts(eqn: Any) -> Iterator[Jaxpr]:
                 yield inner
 
 
+def called(eqn: Any) -> ClosedJaxpr:
+    """Return the program of a call, as `CALLS` names it."""
+    inner = eqn.params[CALLS[eqn.primitive.name]]
+    return ClosedJaxpr(inner, ()) if isinstance(inner, Jaxpr) else inner
+
+
 class Uses:
     """Makers and uses of the variables of a jaxpr.
 
@@ -237,7 +243,7 @@ def _alike(left: Any, right: Any, same: dict[Any, Any]) -> bool:
     if not _same_operands(left.invars, right.invars, same):
         return False
     if name in CALLS:
-        return alike(_called(left).jaxpr, _called(right).jaxpr)
+        return alike(called(left).jaxpr, called(right).jaxpr)
     if left.params.keys() != right.params.keys():
         return False
     for option, mine in left.params.items():
@@ -277,12 +283,7 @@ def _inlined(eqn: Any, env: Env) -> list[Any] | None:
         return bind(eqn, operands, jaxpr=flat(eqn.params["jaxpr"]))
     if name not in CALLS:
         return None
-    return run(_called(eqn), operands, _inlined)
-
-
-def _called(eqn: Any) -> ClosedJaxpr:
-    inner = eqn.params[CALLS[eqn.primitive.name]]
-    return ClosedJaxpr(inner, ()) if isinstance(inner, Jaxpr) else inner
+    return run(called(eqn), operands, _inlined)
 
 
 def _shape(aval: Any) -> jax.ShapeDtypeStruct:

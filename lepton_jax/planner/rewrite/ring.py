@@ -108,7 +108,11 @@ def halved(how: How) -> bool:
     return how.causal and how.behind is None
 
 
-def steps(how: How, local: int, size: int) -> int:
+def steps(
+    how: How,
+    local: int,
+    size: int,
+) -> int:
     """Return how often keys and values are passed on.
 
     Args:
@@ -121,7 +125,11 @@ def steps(how: How, local: int, size: int) -> int:
     return min(size - 1, -(-how.behind // local))
 
 
-def work(how: How, local: int, size: int) -> Iterator[tuple[How, int, int]]:
+def work(
+    how: How,
+    local: int,
+    size: int,
+) -> Iterator[tuple[How, int, int]]:
     """Iterate over the products of a device: their kind, their length, their number.
 
     Args:
@@ -141,7 +149,12 @@ def work(how: How, local: int, size: int) -> Iterator[tuple[How, int, int]]:
             yield _behind(how, length, step), length, 1
 
 
-def run(name: str, how: How, ring: Ring, arrays: Sequence[Any]) -> list[jax.Array]:
+def run(
+    name: str,
+    how: How,
+    ring: Ring,
+    arrays: Sequence[Any],
+) -> list[jax.Array]:
     """Run attention, or its gradient, on one device of a ring, inside `shard_map`.
 
     Args:
@@ -192,7 +205,11 @@ def forward(
     return [out, _together(sums, 3, local, how, ring)]
 
 
-def backward(*arrays: jax.Array, how: How, ring: Ring) -> list[jax.Array]:
+def backward(
+    *arrays: jax.Array,
+    how: How,
+    ring: Ring,
+) -> list[jax.Array]:
     """Return a device's part of the gradients by query, key and value.
 
     Args:
@@ -201,41 +218,39 @@ def backward(*arrays: jax.Array, how: How, ring: Ring) -> list[jax.Array]:
       how: the kind of attention.
       ring: the devices.
     """
-    query, key, value, out, sums, cotangent, *segments = arrays
+    query, _, _, out, sums, cotangent, *segments = arrays
     local = query.shape[1]
-    cut = _cut((query, key, value), segments, how, ring)
+    cut = _cut(arrays[:3], segments, how, ring)
     others = (
         _parts(out, 1, how, ring),
         _parts(sums, 2, how, ring),
         _parts(cotangent, 1, how, ring),
     )
-    wide = jnp.promote_types(query.dtype, jnp.float32)
     length = cut.query.shape[2]
-    of_query = jnp.zeros(cut.query.shape, wide)
-    of_keys = (jnp.zeros(cut.key.shape, wide), jnp.zeros(cut.value.shape, wide))
 
     def step(number: Any, keys: Any, sofar: Any) -> Any:
-        of_query, came = sofar
+        of_query, of_keys = sofar
         if not _is_first(number):
-            came = ring.passed(came)
+            of_keys = ring.passed(of_keys)
         for product in _products(number, how, ring, length):
-            gradients = _gradients(product, cut, keys, others)
-            of_query = _added(of_query, product.query, gradients[0])
-            of_key, of_value = came
-            came = (
-                _added(of_key, product.key, gradients[1]),
-                _added(of_value, product.key, gradients[2]),
-            )
-        return of_query, came
+            mine, *theirs = _gradients(product, cut, keys, others)
+            of_query = _added(of_query, product.query, mine)
+            of_keys = [
+                _added(x, product.key, more)
+                for x, more in zip(of_keys, theirs, strict=True)
+            ]
+        return of_query, of_keys
 
-    sofar = (of_query, of_keys)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    zeros = [jnp.zeros(x.shape, wide) for x in cut[:3]]
+    sofar = (zeros[0], zeros[1:])
     of_query, of_keys = _around(step, cut, sofar, how, local, ring)
+
     home = ring.size - steps(how, local, ring.size)
-    of_key, of_value = ring.passed(of_keys, home)
+    of_keys = ring.passed(of_keys, home)
     return [
-        _together(of_query.astype(query.dtype), 2, local, how, ring),
-        _together(of_key.astype(key.dtype), 2, local, how, ring),
-        _together(of_value.astype(value.dtype), 2, local, how, ring),
+        _together(x.astype(like.dtype), 2, local, how, ring)
+        for x, like in zip((of_query, *of_keys), arrays[:3], strict=True)
     ]
 
 
@@ -334,7 +349,12 @@ def _behind(how: How, length: int, step: int) -> How:
     return how._replace(ahead=step * length, kernel=_kernel(how, length))
 
 
-def _with_product(sofar: Any, product: Product, cut: Cut, keys: Any) -> Any:
+def _with_product(
+    sofar: Any,
+    product: Product,
+    cut: Cut,
+    keys: Any,
+) -> Any:
     """Return results and sums with those of one more product."""
     arrays = (_part(cut.query, product.query), *_of_keys(product, keys))
     segments = _segments(product, cut, keys)
@@ -357,7 +377,12 @@ def _with_product(sofar: Any, product: Product, cut: Cut, keys: Any) -> Any:
     )
 
 
-def _gradients(product: Product, cut: Cut, keys: Any, others: Any) -> list[Any]:
+def _gradients(
+    product: Product,
+    cut: Cut,
+    keys: Any,
+    others: Any,
+) -> list[Any]:
     """Return the gradients of one product by its queries, keys and values."""
     arrays = (_part(cut.query, product.query), *_of_keys(product, keys))
     more = [_part(x, product.query) for x in others]
@@ -372,7 +397,11 @@ def _of_keys(product: Product, keys: Any) -> list[Any]:
     return [_part(x, product.key) for x in keys[:2]]
 
 
-def _segments(product: Product, cut: Cut, keys: Any) -> list[Any]:
+def _segments(
+    product: Product,
+    cut: Cut,
+    keys: Any,
+) -> list[Any]:
     """Return the segments of queries and keys, if there are some."""
     if cut.segments is None:
         return []
@@ -383,7 +412,11 @@ def _part(x: jax.Array, number: Any) -> jax.Array:
     return lax.dynamic_index_in_dim(x, number, 0, keepdims=False)
 
 
-def _added(x: jax.Array, number: Any, more: jax.Array) -> jax.Array:
+def _added(
+    x: jax.Array,
+    number: Any,
+    more: jax.Array,
+) -> jax.Array:
     """Return an array with something added to one of its parts."""
     both = _part(x, number) + more
     return lax.dynamic_update_index_in_dim(x, both, number, 0)
@@ -397,7 +430,12 @@ def _as_factor(sums: jax.Array) -> jax.Array:
 # ---- internals: halves ----
 
 
-def _cut(arrays: Sequence[Any], segments: Sequence[Any], how: How, ring: Ring) -> Cut:
+def _cut(
+    arrays: Sequence[Any],
+    segments: Sequence[Any],
+    how: How,
+    ring: Ring,
+) -> Cut:
     """Return a device's arrays in parts, halves exchanged if there are some."""
     batch, length, *_ = arrays[0].shape
     if halved(how) and length % 2:
@@ -408,7 +446,12 @@ def _cut(arrays: Sequence[Any], segments: Sequence[Any], how: How, ring: Ring) -
     return Cut(query, key, value, others[0] if others else None)
 
 
-def _parts(x: jax.Array, dim: int, how: How, ring: Ring) -> jax.Array:
+def _parts(
+    x: jax.Array,
+    dim: int,
+    how: How,
+    ring: Ring,
+) -> jax.Array:
     """Return an array with its parts as a first dim.
 
     Args:

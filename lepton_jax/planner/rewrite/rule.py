@@ -55,8 +55,9 @@ def rule(
         of kernels times their grid, or their `cost_estimate`.
       bytes: bytes that it reads and writes; one function or two. None: operands and
         results once.
-      workspace: dims of float32 arrays that it needs while it runs, forward or
-        backward, as in `dims`; their extents are those of the operands.
+      workspace: dims of arrays that it needs while it runs, forward or backward, as in
+        `dims`; extents are those of the operands, the dtype is that of the first
+        result.
       keep: whether the rematerialization `dots` keeps what it computes.
 
     Returns:

@@ -19,6 +19,7 @@ from lepton_jax.planner.program import products
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.remat import meaning
 from lepton_jax.planner.program.trace import Trace
+from lepton_jax.planner.rewrite import Stages
 from lepton_jax.planner.rewrite.own import OWN_GRADIENT
 from lepton_jax.planner.search import lengths
 from lepton_jax.planner.search.bounds import NOT_KNOWN, Bounds
@@ -125,6 +126,10 @@ def build(
         peak_bound=verdict.bounds.most,
         loss_pieces=trace.forms.loss_pieces,
         attention=trace.forms.attention,
+        stages=trace.forms.stages.count,
+        stage_parts=trace.forms.stages.parts,
+        stage_chunks=trace.forms.stages.chunks,
+        stage_groups=trace.forms.stages.groups,
         products=trace.forms.products,
         experts=trace.forms.experts,
         context=lengths.context(names, assignment),
@@ -231,9 +236,23 @@ def _feeding_reasons(
             "logits of all tokens, and their gradients, are not held at once; the"
             " head's gradient is taken piece by piece in the forward pass"
         )
+    stages = trace.forms.stages
+    if stages.count > 1:
+        reasons[f"pipeline of {stages.count} stages"] = _of_stages(stages)
     for path, table in trace.tables.tables.items():
         reasons[f"rows of {path}"] = table.why
     return reasons
+
+
+def _of_stages(stages: Stages) -> str:
+    """Return what a pipeline does and costs, in words."""
+    chunks = f", {stages.chunks} runs of layers each" if stages.chunks > 1 else ""
+    return (
+        f"{stages.parts} micro-batches in flight{chunks}; a device keeps the layers of"
+        f" its stage alone, and hands activations on after each of {stages.turns}"
+        f" turns; {stages.bubble:.0%} of the stages' work is the bubble, which nobody"
+        " reads"
+    )
 
 
 def _notes(

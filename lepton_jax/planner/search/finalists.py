@@ -36,12 +36,7 @@ def finish(
 
     Each has the fewest micro-batches that fit, or those from which on more free little.
     """
-    names = problem.names("none")
-    rows = 1
-    if names.batch is not None:
-        split = assignment.counts[sample_axes(assignment, names)]
-        rows = problem.trace.recipe.batch_size // split
-
+    rows = rows_of_a_device(problem, assignment)
     asked = problem.pins.micro_batches
     options = [asked] if asked else powers(rows)
     if not options:
@@ -55,6 +50,27 @@ def finish(
         yield candidate
         if candidate.fits and parts == 1 and problem.objective != "memory":
             return
+
+
+def rows_of_a_device(problem: Problem, assignment: Assignment) -> int:
+    """Return the samples that micro-batches can divide on a device, 1 at the least.
+
+    Args:
+      problem: what is planned.
+      assignment: its masks are in the order of the groups of the policy "none".
+    """
+    names = problem.names("none")
+    if names.batch is None:
+        return 1
+    samples = sample_axes(assignment, names)
+    rows = problem.trace.recipe.batch_size // assignment.counts[samples]
+    stages = problem.trace.forms.stages
+    if stages.count > 1:
+        # those of a micro-batch in flight, which stages do not divide
+        inside = assignment.counts[samples & ~problem.pins.stage_axes]
+        part = problem.trace.recipe.batch_size // stages.parts
+        rows = min(rows, part // inside)
+    return max(1, rows)
 
 
 def policies(problem: Problem) -> list[str]:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.program.keeping import Keeping, Kept
-from lepton_jax.planner.search.finalists import powers
+from lepton_jax.planner.search.finalists import powers, rows_of_a_device
 from lepton_jax.planner.search.limits import (
     FINER_GAIN,
     FINER_LAYOUTS,
@@ -25,7 +25,6 @@ from lepton_jax.planner.search.limits import (
     FINER_ROOM,
     FINER_TRIES,
 )
-from lepton_jax.planner.search.masks import sample_axes
 from lepton_jax.planner.search.problem import Candidate, Problem
 
 
@@ -129,10 +128,7 @@ def _micro_batches(
     """Return the numbers of micro-batches to look at."""
     if problem.pins.micro_batches or problem.whole:
         return [best.micro_batches]
-    names = problem.names("none")
-    rows = problem.trace.recipe.batch_size
-    if names.batch is not None:
-        rows //= form.counts[sample_axes(form, names)]
+    rows = rows_of_a_device(problem, form)
     # more micro-batches communicate more often
     return [
         parts for parts in powers(rows) if parts <= FINER_PARTS * best.micro_batches
@@ -184,6 +180,9 @@ def _traced(
     room = offer.room
     for _ in range(FINER_TRIES):
         keeping = chosen(values, room / offer.share)
+        if problem.trace.forms.stages.count > 1:
+            # a pipeline's layers are one loop, and alike
+            keeping = Keeping(keeping.always)
         if not keeping.keys:
             return None
         form = replace(offer.assignment, remat=str(keeping))

@@ -38,6 +38,7 @@ class Request:
     pins: Mapping[str, Any] | None = None
     remat: str | None = None
     micro_batches: int | None = None
+    stages: Any = None
     time_limit: float | None = LIMIT_SECONDS
     context: str | None = None
     flags: Mapping[str, Any] | None = None
@@ -55,6 +56,7 @@ class Pins:
       storage: parameter's path to the spec with which it is kept.
       remat, micro_batches, context: None: the search decides.
       flags: XLA's, as in `Plan`; None: those that are good for the backend.
+      stage_axes: mask of the mesh axes over which the stages of a pipeline are divided.
     """
 
     meshes: tuple[tuple[int, ...], ...] = ()
@@ -63,6 +65,7 @@ class Pins:
     storage: Mapping[str, Spec] = field(default_factory=dict)
     remat: str | None = None
     micro_batches: int | None = None
+    stage_axes: int = 0
     context: str | None = None
     flags: Mapping[str, Any] | None = None
 
@@ -72,17 +75,38 @@ class Pins:
         names: Names,
     ) -> Assignment:
         """Return the assignment with pinned named axes as they are pinned."""
-        if not self.groups:
+        if not self.groups and not self.stage_axes:
             return assignment
 
         samples = sample_axes(assignment, names)
         masks = list(assignment.masks)
+        for k in range(len(masks)):
+            if k in names.stages:
+                masks[k] = self.stage_axes
+            elif k not in names.samples:
+                masks[k] &= ~self.stage_axes
         for k, group in enumerate(names.groups):
             if group.name in self.groups:
-                taken = 0 if k == names.batch else samples
+                taken = 0 if k in (names.batch, *names.stages) else samples
                 pinned = self.groups[group.name]
                 masks[k] = pinned & ~taken
+        self._divide_parts(assignment, masks, names)
         return replace(assignment, masks=tuple(masks))
+
+    def _divide_parts(
+        self,
+        assignment: Assignment,
+        masks: list[int],
+        names: Names,
+    ) -> None:
+        """Divide the samples of a micro-batch like the batch, but not over stages."""
+        if not self.stage_axes or names.batch is None:
+            return
+        mask = masks[names.batch] & ~self.stage_axes
+        pieces = assignment.counts[mask] * (self.micro_batches or 1)
+        for k in names.samples - {names.batch}:
+            fits = divides(names, k, pieces)
+            masks[k] = mask if fits else 0
 
 
 def read(

@@ -144,6 +144,8 @@ class Problem:
     objective: str
     pins: Pins
     patience: Patience = field(default_factory=lambda: Patience("planning"))
+    # the best without a pipeline, where a pipeline was found to be better
+    unstaged: Candidate | None = None
     # caches; those with a string as key are by rematerialization policy
     _scores: dict[Assignment, float] = field(default_factory=dict)
     _names: dict[str, Names] = field(default_factory=dict)
@@ -213,10 +215,10 @@ class Problem:
     def shared(self, names: Names) -> set[int]:
         """Return the groups that may share a mesh axis with the samples.
 
-        These are experts, and rows that are looked up.
+        These are experts, rows that are looked up, and stages.
         """
         if self._shared is None:
-            self._shared = expert_groups(names) | names.rows
+            self._shared = expert_groups(names) | names.rows | names.stages
         return self._shared
 
     @property

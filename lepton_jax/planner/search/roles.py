@@ -10,13 +10,14 @@ as "x", leave it to the search. A number at the end does not count: "tensor2" is
     tensor     splits a dim of parameters that is neither samples, experts nor sequence
     expert     splits the experts; the samples may be split along it, too
     sequence   splits a later dim of the inputs
+    stage      splits the layers of a stack; the samples may be split along it, too
 """
 
 from __future__ import annotations
 
 import itertools
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from lepton_jax.planner.assignment import Assignment, expert_groups
@@ -43,6 +44,10 @@ WORDS = {
     "context": "sequence",
     "sp": "sequence",
     "cp": "sequence",
+    "stage": "stage",
+    "pipeline": "stage",
+    "pipe": "stage",
+    "pp": "stage",
 }
 # what an axis splits, by its word
 SPLITS = {
@@ -51,6 +56,7 @@ SPLITS = {
     "tensor": "a dim of parameters that is neither samples, experts nor sequence",
     "expert": "experts",
     "sequence": "a later dim of the inputs",
+    "stage": "the layers of a stack, as stages of a pipeline",
 }
 
 
@@ -199,7 +205,8 @@ class Roles:
         batch = [] if names.batch is None else [names.batch]
         experts = sorted(expert_groups(names))
         later = self._later()
-        others = {*batch, *experts, *later}
+        stages = sorted(names.stages)
+        others = {*batch, *experts, *later, *stages}
         every = range(len(names.groups))
         params = [k for k in every if self._of_parameters(k)]
         return {
@@ -208,13 +215,14 @@ class Roles:
             "tensor": [k for k in params if k not in others],
             "expert": experts,
             "sequence": later,
+            "stage": stages,
         }
 
     def _additional(self, word: str) -> set[int]:
         """Return the groups that an axis may split in addition to those."""
         if _samples(word):
             return set(self.names.rows)
-        if word == "expert" and self.names.batch is not None:
+        if word in ("expert", "stage") and self.names.batch is not None:
             return {self.names.batch}
         return set()
 
@@ -276,6 +284,11 @@ def _word(axis: str) -> str | None:
     """Return the word that a mesh axis is called after; None: its name is no word."""
     word = axis.rstrip(string.digits).lower()
     return WORDS.get(word)
+
+
+def stage_axes(mesh: Mapping[str, int]) -> list[str]:
+    """Return the axes of a mesh that are called after stages of a pipeline."""
+    return [axis for axis in mesh if _word(axis) == "stage"]
 
 
 def _samples(word: str) -> bool:

@@ -77,6 +77,19 @@ def _over_slices(topology: Topology) -> Iterator[Sizes]:
             yield topology.slices, outer, inner
 
 
+def staged_meshes(topology: Topology, stages: int) -> list[Sizes]:
+    """Return mesh sizes whose outermost axis is that of the stages.
+
+    >>> from lepton_jax.hardware import topology
+    >>> staged_meshes(topology("h200:8"), 2)
+    [(2, 4), (2, 2, 2)]
+    """
+    rest = topology.devices // stages
+    if rest == 1:
+        return [(stages,)]
+    return [(stages, rest), *((stages, *pair) for pair in _pairs(rest))][:MOST_MESHES]
+
+
 def _pairs(count: int) -> list[tuple[int, int]]:
     """Return all (a, b) with a * b = count and both above 1, the largest a first."""
     divisors = [k for k in range(2, count) if count % k == 0]
@@ -122,6 +135,9 @@ def _layouts(
         yield {}, 0
         return
 
+    if problem.pins.stage_axes:
+        yield from _stages(names, batch, len(sizes), problem.pins.stage_axes)
+        return
     if len(sizes) == 1 or problem.pins.meshes:
         yield from _batch_everywhere(names, batch, every)
     if len(sizes) == 1:
@@ -193,12 +209,31 @@ def _experts(
             yield {batch: outer, k: last}, outer
 
 
+def _stages(
+    names: Names,
+    batch: int,
+    count: int,
+    stages: int,
+) -> Iterator[Start]:
+    """Yield stages over their axes, the batch over these and others, or others alone.
+
+    The last of two other axes is also left free.
+    """
+    every = (1 << count) - 1
+    others = every & ~stages
+    last = 1 << (count - 1) & others
+    layers = dict.fromkeys(names.stages, stages)
+    for samples in (every, others, every & ~last, others & ~last):
+        for keep in dict.fromkeys((0, others & samples, others, every)):
+            yield {**layers, batch: samples}, keep
+
+
 def sequences(names: Names) -> list[int]:
     """Return the groups of inputs' later dims that no parameter has."""
     groups = []
     for k, group in enumerate(names.groups):
         is_later = all(_later_input(names, i, dim) for i, dim in group.members)
-        if is_later and k != names.batch:
+        if is_later and k not in names.samples:
             groups.append(k)
     return groups
 
