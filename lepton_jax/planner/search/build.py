@@ -23,7 +23,7 @@ from lepton_jax.planner.rewrite import Stages
 from lepton_jax.planner.rewrite.own import OWN_GRADIENT
 from lepton_jax.planner.search import lengths
 from lepton_jax.planner.search.bounds import NOT_KNOWN, Bounds
-from lepton_jax.planner.search.limits import CAUSES
+from lepton_jax.planner.search.limits import CAUSES, NAMED_FLAGS
 from lepton_jax.planner.search.masks import has, sample_axes
 from lepton_jax.planner.xla import flags
 from lepton_jax.trees import by_path, nbytes
@@ -144,12 +144,15 @@ def _flags(verdict: Verdict, topology: Topology) -> dict[str, Any]:
 
 
 def _flag_reasons(chosen: Mapping[str, Any]) -> dict[str, str]:
-    """Return the decision about XLA's flags, which names all of them."""
+    """Return the decision about XLA's flags, which names the first ones."""
     if not chosen:
         return {}
-    listed = ", ".join(f"{name}={flags.spelled(v)}" for name, v in chosen.items())
+    listed = [f"{name}={flags.spelled(value)}" for name, value in chosen.items()]
+    named = ", ".join(listed[:NAMED_FLAGS])
+    if len(listed) > NAMED_FLAGS:
+        named += f" and {len(listed) - NAMED_FLAGS} more (the plan's field `flags`)"
     return {
-        "XLA flags": f"collectives may run beside products: {listed}; XLA_FLAGS and"
+        "XLA flags": f"collectives may run beside products: {named}; XLA_FLAGS and"
         " LIBTPU_INIT_ARGS win over them"
     }
 

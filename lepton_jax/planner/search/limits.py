@@ -112,6 +112,8 @@ MOST_WHOLE = 16
 RIVALS = 5
 # Causes that the plan names for one kind of communication. Assumption: the same.
 CAUSES = 3
+# Flags of XLA that a plan's text names; its field has all. Assumption: the same.
+NAMED_FLAGS = 2
 # Share of the peak below which a kind of memory is not named where nothing fits.
 # Assumption.
 NAMED_SHARE = 0.02
