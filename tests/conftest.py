@@ -69,6 +69,7 @@ def _mark_slow(items, whole_files):
         if name in listed:
             collected.add(name)
             item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.listed)
     if whole_files:
         gone = [name for name in listed - collected if name.partition("::")[0] in files]
         assert not gone, f"tests/slow.txt lists what is not there: {sorted(gone)}"
