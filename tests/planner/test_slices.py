@@ -119,13 +119,13 @@ def test_a_step_over_two_slices_is_that_of_one_device(monkeypatch):
 
 
 def test_of_equal_plans_that_with_sums_alone_on_the_network_is_taken():
-    arguments = models.transformer_size("1b") | {"loop": "scan", "layers": 2}
-    token = jax.ShapeDtypeStruct((1, 2048), "int32")
+    arguments = models.transformer_size("8b") | {"loop": "scan", "layers": 2}
+    token = jax.ShapeDtypeStruct((1, 4096), "int32")
     recipe = lepton.Recipe(
         model=partial(models.TransformerLM, **arguments),
         loss=losses.cross_entropy,
         optimizer=optax.adamw(1e-4),
-        batch_size=256,
+        batch_size=512,
         precision="bfloat16",
     )
     where = topology("2*v5p:4x4x4")
