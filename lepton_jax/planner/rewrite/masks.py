@@ -18,7 +18,7 @@ masks that a kernel knows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,8 +39,11 @@ KEY = "k"
 # to be seen is below -1e4.
 HIDDEN = -1e6
 
-# Rows of a mask that are looked at together: 8,192 columns of them are 8 MB.
-ROWS = 1024
+# Entries of a mask that are looked at together, and at most. Of a mask with more, rows
+# are looked at that lie evenly between the first and the last. Assumption: 2^31 take
+# seconds; a mask of positions that is causal in all these rows is causal.
+TOGETHER = 2**22
+MOST_LOOKED_AT = 2**31
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "abs": np.abs,
@@ -169,7 +172,7 @@ def shown(seen: tuple[Expression, ...], queries: int, keys: int) -> Shown | None
       keys: number of keys.
     """
     try:
-        last = list(_rows(seen, queries, keys))[-1][-1]
+        last = _part(seen, np.array([queries - 1]), keys)[0]
     except (TypeError, ValueError, AttributeError):
         return None
     count = int(last.sum())
@@ -255,23 +258,27 @@ def _is_kind(
     return True
 
 
-def _rows(
-    seen: tuple[Expression, ...], queries: int, keys: int
-) -> Iterator[np.ndarray]:
-    for _, rows in _numbered(seen, queries, keys):
-        yield rows
-
-
 def _numbered(
     seen: tuple[Expression, ...], queries: int, keys: int
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield some rows of a mask at a time, and the number of the first."""
-    for start in range(0, queries, ROWS):
-        own = np.arange(start, min(start + ROWS, queries))
-        rows = np.ones((len(own), keys), bool)
-        for part in seen:
-            rows &= _value(part, own[:, None], np.arange(keys)[None, :]).astype(bool)
-        yield start, rows
+    count = max(1, min(queries, TOGETHER // keys))
+    starts: Sequence[int] = range(0, queries, count)
+    most = max(2, MOST_LOOKED_AT // (count * keys))
+    if len(starts) > most:
+        places = np.linspace(0, len(starts) - 1, most).astype(int)
+        starts = [starts[place] for place in places]
+    for start in starts:
+        own = np.arange(start, min(start + count, queries))
+        yield start, _part(seen, own, keys)
+
+
+def _part(seen: tuple[Expression, ...], own: np.ndarray, keys: int) -> np.ndarray:
+    """Return the rows of a mask for some queries."""
+    rows = np.ones((len(own), keys), bool)
+    for part in seen:
+        rows &= _value(part, own[:, None], np.arange(keys)[None, :]).astype(bool)
+    return rows
 
 
 def _value(part: Expression, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
