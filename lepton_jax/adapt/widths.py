@@ -47,7 +47,7 @@ MUON = "muon"
 
 
 class Growth(NamedTuple):
-    """How much wider a parameter is than the base model's.
+    """The growth of a parameter over the base model's.
 
     Attributes:
       fan_in: times the numbers that each of its outputs is summed from.

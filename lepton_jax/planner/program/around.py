@@ -43,7 +43,7 @@ class Shares(NamedTuple):
 
 
 class Passage(NamedTuple):
-    """What a ring moves of one array.
+    """The moves that a ring makes of one array.
 
     Attributes:
       kind: `PERMUTATION` or `PASSED_ON`.

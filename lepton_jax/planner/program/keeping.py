@@ -78,7 +78,7 @@ Key = int | str
 
 
 class Keeping(NamedTuple):
-    """What a policy keeps.
+    """The values that a policy keeps.
 
     Attributes:
       always: keys of values that are kept in each turn of their loop.

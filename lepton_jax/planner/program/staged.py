@@ -58,7 +58,7 @@ Spec = tuple[int, ...]
 
 
 class Sent(NamedTuple):
-    """What an operation sends: a kind of collective, over the mesh axes of a mask."""
+    """A kind of collective that an operation needs, over the mesh axes of a mask."""
 
     kind: str
     axes: int

@@ -78,7 +78,7 @@ class Constant:
 
 
 class Shown(NamedTuple):
-    """What a mask lets queries see.
+    """The keys that a mask lets queries see.
 
     Attributes:
       causal: the keys up to their own position; else all of them.

@@ -58,7 +58,7 @@ Shapes = tuple[jax.ShapeDtypeStruct, ...]
 
 @dataclass(frozen=True)
 class Rule:
-    """What a user says of an operation; see `rule.rule`.
+    """A user's description of an operation; see `rule.rule`.
 
     Attributes:
       flops, bytes: forward, and backward; None: not said.
@@ -214,7 +214,7 @@ def _function(own: Own, platform: str) -> Callable[..., tuple]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How the gradient of an operation gets what it needs.
+    """The way in which the gradient of an operation gets its arrays.
 
     Attributes:
       several: whether the function returns a tuple.

@@ -232,7 +232,7 @@ class _First(NamedTuple):
 
 
 class _Roles(NamedTuple):
-    """What the axes of the scores are; None: there is no such axis."""
+    """The axes of the scores by their roles; None: there is no such axis."""
 
     batch: Axis | None
     length: Axis
