@@ -1,42 +1,18 @@
-"""Lepton-JAX: a plain Flax module in, an adaptive training run on any mesh out."""
+"""Lepton-JAX: a plain Flax module in, an adaptive training run on any mesh out.
 
+The public names are loaded when the first of them is asked for: JAX, Flax and Orbax
+take seconds, for which neither `lepton --help` nor Ctrl-C should wait.
+"""
+
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from importlib.util import find_spec as _find_spec
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from lepton_jax import (
-    adapt,
-    augment,
-    baselines,
-    data,
-    hardware,
-    hub,
-    losses,
-    metrics,
-    models,
-    monitor,
-)
-from lepton_jax import controller as controllers
-from lepton_jax.cross_validation import CrossValidation, cross_validate
-from lepton_jax.errors import (
-    CheckpointError,
-    DataError,
-    DivergedError,
-    LeptonError,
-    ModelError,
-    PlanError,
-    RecipeError,
-    SettingError,
-)
-from lepton_jax.generate import generate
-from lepton_jax.hardware import Topology, topology
 from lepton_jax.heap import keep_freed_memory as _keep_freed_memory
-from lepton_jax.planner import Plan, Trace, plan, trace
-from lepton_jax.recipe import Recipe
-from lepton_jax.ship import Artifact
-from lepton_jax.step import optimizers
-from lepton_jax.step.state import State
-from lepton_jax.train.history import History
-from lepton_jax.train.program import Program
-from lepton_jax.trainer import Trainer
+
+if _TYPE_CHECKING:
+    from lepton_jax.api import *
 
 __version__ = _version("lepton-jax")
 
@@ -79,3 +55,22 @@ __all__ = [
     "topology",
     "trace",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Return a module of this package, or the value of a public name, loading it.
+
+    Raises:
+      AttributeError: there is no such name.
+    """
+    # before the public names, since their own modules import one another like that
+    if not name.startswith("_") and _find_spec(f"lepton_jax.{name}"):
+        return _import_module(f"lepton_jax.{name}")
+    if name in __all__:
+        return getattr(_import_module("lepton_jax.api"), name)
+    raise AttributeError(f"module 'lepton_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the names that an editor or a notebook offers."""
+    return sorted({*globals(), *__all__})

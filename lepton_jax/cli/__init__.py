@@ -26,11 +26,17 @@ COMMANDS = {
     "explain": "show in a run's report what speaks for its predictions",
     "control": "ask a run that is under way for something",
 }
-MISTAKE = 2  # exit code
+# exit codes
+MISTAKE = 2
+INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one of the commands and return its exit code, 2 for a mistake."""
+    """Run one of the commands and return its exit code.
+
+    Returns:
+      What the command returns; 2 for a mistake; 130 after Ctrl-C.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words:
         print(_usage(), file=sys.stderr)
@@ -45,9 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{_usage()}\n\n{error}", file=sys.stderr)
         return MISTAKE
 
-    # imported here, for each command needs packages that the others don't
-    command = importlib.import_module(f"lepton_jax.cli.{name}")
-    return command.main(rest)
+    try:
+        # imported here, for each command needs packages that the others don't
+        command = importlib.import_module(f"lepton_jax.cli.{name}")
+        return command.main(rest)
+    except KeyboardInterrupt:  # while it was imported; later the command has its own
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _usage() -> str:

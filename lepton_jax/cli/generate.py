@@ -60,7 +60,7 @@ def _run(arguments: list[str]) -> None:
     prompts = _prompts(options)
     # imported here, so that --help does not wait for JAX
     from lepton_jax.cli import trained
-    from lepton_jax.generate import generate
+    from lepton_jax.generation import generate
 
     trainer = trained.trainer_of(
         options.run,

@@ -1,10 +1,13 @@
-"""The command `lepton`: its three commands, its help and its errors."""
+"""The command `lepton`: its help, its interruption and its errors."""
 
+import signal
+import subprocess
 import sys
 
 import pytest
 
-from lepton_jax.cli import COMMANDS, main
+import lepton_jax
+from lepton_jax.cli import COMMANDS, INTERRUPTED, main
 from lepton_jax.cli.settings import program
 
 
@@ -47,3 +50,46 @@ def test_a_mistake_in_a_command_is_exit_code_2(name, capsys):
 def test_a_command_calls_itself_as_it_was_started(script, called, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script])
     assert program("launch") == called
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.4, 0.8])
+def test_interrupted_while_it_is_loaded_a_command_says_so_in_one_line(seconds):
+    code = (
+        "import os, sys, threading\n"
+        "from lepton_jax.cli import main\n"
+        f"interrupt = os.kill, (os.getpid(), {int(signal.SIGINT)})\n"
+        f"threading.Timer({seconds}, *interrupt).start()\n"
+        "sys.exit(main(['predict', 'a.lepton', '--data', 'x', '--out', 'y']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == INTERRUPTED
+    assert done.stderr == "interrupted\n"
+
+
+def test_help_does_not_wait_for_jax():
+    code = (
+        "import sys; from lepton_jax.cli import main; main(['--help'])\n"
+        "sys.exit('jax' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
+@pytest.mark.parametrize("first", ["generation.filters", "planner.search", "step"])
+def test_public_names_are_the_same_whatever_is_imported_first(first):
+    # an import binds the names of packages, which must not hide a function's
+    code = (
+        f"import lepton_jax.{first}\n"
+        "import lepton_jax as lepton\n"
+        "from lepton_jax import api\n"
+        "assert lepton.planner.rule and lepton.generation.Sampling\n"
+        "for name in lepton.__all__: assert getattr(lepton, name) is getattr(api, name)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_unknown_public_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'Trainr'"):
+        lepton_jax.Trainr  # noqa: B018
+    assert {"Trainer", "generate", "__version__"} <= set(dir(lepton_jax))

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lepton_jax.errors import SettingError
-from lepton_jax.generate import Sampling, candidates
-from lepton_jax.generate.filters import draw
+from lepton_jax.generation import Sampling, candidates
+from lepton_jax.generation.filters import draw
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import lepton_jax as lepton
-from lepton_jax.generate import Characters, multiple_choice, perplexity
+from lepton_jax.generation import Characters, multiple_choice, perplexity
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

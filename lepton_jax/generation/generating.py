@@ -11,11 +11,11 @@ import jax
 import numpy as np
 
 from lepton_jax.errors import DataError, ModelError, SettingError
-from lepton_jax.generate.codec import Codec, codec_of
-from lepton_jax.generate.engine import Draws, Engine
-from lepton_jax.generate.filters import WHERE, Sampling
-from lepton_jax.generate.source import Source, source_of
-from lepton_jax.generate.text import RowText, is_whole, prompt_row
+from lepton_jax.generation.codec import Codec, codec_of
+from lepton_jax.generation.engine import Draws, Engine
+from lepton_jax.generation.filters import WHERE, Sampling
+from lepton_jax.generation.source import Source, source_of
+from lepton_jax.generation.text import RowText, is_whole, prompt_row
 from lepton_jax.trainer import Trainer
 
 # Tokens of a call where somebody looks at them in between: of a stream, or for stop

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_jax.errors import DataError, SettingError
-from lepton_jax.generate.codec import Codec, codec_of
-from lepton_jax.generate.source import Source, source_of
-from lepton_jax.generate.text import prompt_row
+from lepton_jax.generation.codec import Codec, codec_of
+from lepton_jax.generation.source import Source, source_of
+from lepton_jax.generation.text import prompt_row
 from lepton_jax.trainer import Trainer
 
 # Tokens that go through the model at once; assumption: logits of a vocabulary of

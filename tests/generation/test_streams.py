@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lepton_jax as lepton
-from lepton_jax.generate import Characters
-from lepton_jax.generate.codec import Codec
-from lepton_jax.generate.text import RowText
+from lepton_jax.generation import Characters
+from lepton_jax.generation.codec import Codec
+from lepton_jax.generation.text import RowText
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_jax.errors import ModelError, pointing_at_user
-from lepton_jax.generate.filters import WHERE, Sampling, draw
-from lepton_jax.generate.source import Source
+from lepton_jax.generation.filters import WHERE, Sampling, draw
+from lepton_jax.generation.source import Source
 
 
 class Carry(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lepton_jax.errors import DataError, SettingError
-from lepton_jax.generate.codec import UNFINISHED, Codec
+from lepton_jax.generation.codec import UNFINISHED, Codec
 
 
 class RowText:

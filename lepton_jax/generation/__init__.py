@@ -1,9 +1,9 @@
 """Text from a language model, by sampling with a cache; and how probable texts are."""
 
-from lepton_jax.generate.codec import Characters
-from lepton_jax.generate.filters import Sampling, candidates
-from lepton_jax.generate.generating import Generated, Piece, generate
-from lepton_jax.generate.judging import (
+from lepton_jax.generation.codec import Characters
+from lepton_jax.generation.filters import Sampling, candidates
+from lepton_jax.generation.generating import Generated, Piece, generate
+from lepton_jax.generation.judging import (
     Choices,
     Perplexity,
     Question,

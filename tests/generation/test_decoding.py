@@ -11,10 +11,10 @@ from flax import nnx
 
 import lepton_jax as lepton
 from lepton_jax.errors import DataError, ModelError, SettingError
-from lepton_jax.generate import Sampling
-from lepton_jax.generate.engine import Engine
-from lepton_jax.generate.generating import _engine_of
-from lepton_jax.generate.source import source_of
+from lepton_jax.generation import Sampling
+from lepton_jax.generation.engine import Engine
+from lepton_jax.generation.generating import _engine_of
+from lepton_jax.generation.source import source_of
 from lepton_jax.models.decoder import DecoderLM, DecoderShape
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
