@@ -8,6 +8,7 @@ doors to the same functions.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -51,11 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{_usage()}\n\n{error}", file=sys.stderr)
         return MISTAKE
 
+    # imported now, for each command needs packages that the others don't
     try:
-        # imported here, for each command needs packages that the others don't
         command = importlib.import_module(f"lepton_jax.cli.{name}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        # libraries that were loaded by half may crash an interpreter that cleans up
+        os._exit(INTERRUPTED)
+    try:
         return command.main(rest)
-    except KeyboardInterrupt:  # while it was imported; later the command has its own
+    except KeyboardInterrupt:  # before the command was ready for it
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
 
