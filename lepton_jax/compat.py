@@ -25,11 +25,13 @@ import numpy as np
 # code again.
 from jax._src import ad_util, compiler, distributed, effects, source_info_util
 from jax._src.interpreters import mlir
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import AxisType, Mesh
 from jaxlib import _jax  # for the address of a process's CPU devices
 
 __all__ = [
+    "HOST_MEMORY",
     "ClosedJaxpr",
     "Jaxpr",
     "Literal",
@@ -44,8 +46,10 @@ __all__ = [
     "keep_executables",
     "make_mesh",
     "noting_sow",
+    "on_host",
     "ordered_effect",
     "placed",
+    "row_major",
     "scan_counts",
     "source_line",
     "splash_gradient",
@@ -54,6 +58,21 @@ __all__ = [
     "without_paths",
     "without_proxies",
 ]
+
+
+# what JAX calls the part of a host's memory that devices read and write by themselves
+HOST_MEMORY = "pinned_host"
+
+
+def on_host(aval: Any) -> bool:
+    """Whether a traced array lies in the host's memory."""
+    return getattr(aval, "memory_space", None) == jax.memory.Space.Host
+
+
+def row_major(x: Any) -> Any:
+    """Return an array that XLA lays out with its last dim innermost."""
+    layout = Layout(tuple(range(x.ndim)))
+    return with_layout_constraint(x, layout) if x.ndim > 1 else x
 
 
 def make_mesh(

@@ -22,12 +22,13 @@ HALF = STEPS // 2
 LENGTH = 32
 
 # What a plan for eight devices may say, and how it lays them out.
+AWAY = "keep attention,0 and offload 1,2"
 FORMS = {
     "plain": {},
     "kept": {"remat": "keep 0,2 and 1,4 in 2"},
     "attention": {"attention": "blocks"},
     "pieces": {"loss_pieces": 4},
-    "all": {"remat": "keep attention,0", "attention": "blocks", "loss_pieces": 4},
+    "all": {"remat": AWAY, "attention": "blocks", "loss_pieces": 4},
 }
 
 

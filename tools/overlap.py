@@ -1,10 +1,10 @@
-"""Count the collectives that run beside products, with XLA's flags and without.
+"""Count what runs beside products, with XLA's flags and without.
 
     python tools/overlap.py --out benchmarks/overlap.json
 
 A step of `recipes/lm.py` is planned, compiled for TPUs that are not there until XLA has
-scheduled it, and its text is read (`verify.schedule`): once with the flags of
-`planner.xla.flags`, once without.
+scheduled it, and its text is read (`verify.schedule`), collectives and copies to the
+host: once with the flags of `planner.xla.flags`, once without.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ CASES = (
     Case("v5e:8x8", "1b", {}),
     Case("v5p:4x4x8", "8b", {"experts": 32}),
     Case("v5p:8x8x8", "8b", {"length": 131072, "batch_size": 32}),
+    Case("v5p:8x8x8", "70b", {}),
 )
 
 

@@ -57,6 +57,7 @@ class Chip:
       network_fraction: share of it that a large collective reaches.
       network_latency: seconds per step between nodes.
       host_bandwidth: bytes/s per device one way between host and device.
+      host_memory: bytes per device of the host's memory; 0 where it is not known.
       price: list price on demand, US dollars per chip-hour; None where none was found.
       sources: for each field (for peaks: "peaks.bfloat16") the title, address and date
         read, or "assumption: ...".
@@ -88,6 +89,7 @@ class Chip:
     network_fraction: float = 0.85
     network_latency: float = 5e-6
     host_bandwidth: float = 16e9
+    host_memory: float = 0.0
     price: float | None = None
     sources: Mapping[str, str] = field(
         default_factory=dict,
@@ -157,6 +159,7 @@ _MAY_BE_ZERO = (
     "call_latency",
     "ramp_seconds",
     "network_latency",
+    "host_memory",
     "torus",
     "price",
 )

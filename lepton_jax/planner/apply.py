@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lepton_jax.compat import at_source, scan_counts
+from lepton_jax.compat import at_source, on_host, scan_counts
 from lepton_jax.planner.program import around
 from lepton_jax.planner.program.graph import BARRIER, Graph, Operation, Region, Value
 from lepton_jax.planner.program.kernels import (
@@ -132,7 +132,7 @@ class _Interpreter:
         x: Any,
         spec: Spec,
     ) -> Any:
-        if not spec:
+        if not spec or on_host(jax.typeof(x)):
             return x
         sharding = NamedSharding(self.mesh, partition(spec, self.mesh.axis_names))
         return jax.lax.with_sharding_constraint(x, sharding)

@@ -1,4 +1,4 @@
-"""Which collectives of a compiled step run beside products, by XLA's schedule.
+"""Which collectives and copies to the host run beside products, by XLA's schedule.
 
 The text of a scheduled module has its instructions in the order in which a device runs
 them. A collective runs beside products in one of three forms:
@@ -7,12 +7,15 @@ them. A collective runs beside products in one of three forms:
     async_collective_fusion(product, all-gather)          one kernel of both (TPU)
     collective-permute of a product's name                a product taken in pieces
 
+Copies to the host's memory (memory space 5) and back are always such pairs.
+
 All others are waited for. What the pieces of time are, the text does not say: a product
 between start and done may be shorter than what runs beside it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -22,14 +25,18 @@ from lepton_jax.verify.hlo_text import Computation, Instruction
 
 # custom calls that are kernels (Mosaic on TPUs), which compute products
 KERNEL = "tpu_custom_call"
+# the host's memory, in a layout
+HOST = re.compile(r"\{[^}]*S\(5\)\}")
+TO_HOST = "to the host"
+FROM_HOST = "from the host"
 
 
 @dataclass(frozen=True)
 class Scheduled:
-    """Collectives of one kind in a step.
+    """Collectives of one kind in a step, or copies between a device and its host.
 
     Attributes:
-      kind: such as "all-gather".
+      kind: such as "all-gather"; `TO_HOST` or `FROM_HOST`.
       count: runs of them in a step.
       beside: runs of those with products beside them.
       bytes: that a device sends in a step.
@@ -44,7 +51,7 @@ class Scheduled:
 
 
 def schedule(text: str) -> list[Scheduled]:
-    """Return the collectives of a scheduled module by kind, most bytes first.
+    """Return what a scheduled module sends by kind, most bytes first.
 
     Args:
       text: of the module, as `Compiled.as_text` gives it.
@@ -63,18 +70,42 @@ def schedule(text: str) -> list[Scheduled]:
                 or _starts_beside(module, collective)
             )
             one = replace(collective, times=runs)
-            before = found.get(one.kind, Scheduled(one.kind))
-            found[one.kind] = Scheduled(
-                one.kind,
-                before.count + runs,
-                before.beside + runs * is_beside,
-                before.bytes + one.sent,
-                before.bytes_beside + one.sent * is_beside,
-            )
+            _add(found, one.kind, runs, one.sent, is_beside)
+        for kind, copy, size in _host_copies(module.computations[name]):
+            _add(found, kind, runs, runs * size, copy in paired)
     return sorted(found.values(), key=lambda kind: -kind.bytes)
 
 
 # ---- internals ----
+
+
+def _add(
+    found: dict[str, Scheduled],
+    kind: str,
+    runs: int,
+    sent: float,
+    is_beside: bool,
+) -> None:
+    """Count what is sent in all runs of a step."""
+    before = found.get(kind, Scheduled(kind))
+    found[kind] = Scheduled(
+        kind,
+        before.count + runs,
+        before.beside + runs * is_beside,
+        before.bytes + sent,
+        before.bytes_beside + sent * is_beside,
+    )
+
+
+def _host_copies(computation: Computation) -> Iterator[tuple[str, str, int]]:
+    """Yield direction, name and bytes of each copy between a device and its host."""
+    for copy in computation.instructions.values():
+        if not copy.opcode.endswith("-start") or not HOST.search(copy.shape):
+            continue
+        # a slice, and the stack that it is written to or read from
+        arrays = [leaf.bytes for leaf in copy.leaves if leaf.dims]
+        is_update = "dynamic-update-slice" in copy.name
+        yield TO_HOST if is_update else FROM_HOST, copy.name, min(arrays)
 
 
 def _channels_in_kernels(module: Module, times: dict[str, int]) -> set[str]:

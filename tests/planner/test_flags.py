@@ -15,7 +15,7 @@ from lepton_jax.errors import PlanError
 from lepton_jax.planner import Plan
 from lepton_jax.planner.xla import flags
 from lepton_jax.train.program import Program
-from lepton_jax.verify.schedule import schedule
+from lepton_jax.verify.schedule import FROM_HOST, TO_HOST, schedule
 
 
 def test_the_examples_of_flags_hold():
@@ -120,6 +120,49 @@ replica_groups={{0,1,2,3}}, dimensions={0}
 replica_groups={{0,1,2,3}}, to_apply=%add
 }
 """
+
+
+HOSTS = """
+HloModule hosts, is_scheduled=true
+
+%put (s: bf16[4,8,8], x: bf16[1,8,8], i: s32[]) -> bf16[4,8,8] {
+  %s = bf16[4,8,8]{2,1,0:S(5)} parameter(0)
+  %x = bf16[1,8,8]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %made = bf16[4,8,8]{2,1,0:S(5)} dynamic-update-slice(%s, %x, %i, %i, %i)
+}
+
+%get (s: bf16[4,8,8], i: s32[]) -> bf16[1,8,8] {
+  %s = bf16[4,8,8]{2,1,0:S(5)} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %part = bf16[1,8,8]{2,1,0} dynamic-slice(%s, %i, %i, %i), \
+dynamic_slice_sizes={1,8,8}
+}
+
+ENTRY %main (stack: bf16[4,8,8], x: bf16[1,8,8], i: s32[]) -> bf16[1,8,8] {
+  %stack = bf16[4,8,8]{2,1,0:S(5)} parameter(0)
+  %x = bf16[1,8,8]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %dynamic-update-slice-start = ((bf16[4,8,8]{2,1,0:S(5)}, bf16[1,8,8]{2,1,0}, s32[]), \
+bf16[4,8,8]{2,1,0:S(5)}, u32[]{:S(2)}) async-start(%stack, %x, %i), calls=%put
+  %work = bf16[1,8,8]{2,1,0} dot(%x, %x), lhs_batch_dims={0}, rhs_batch_dims={0}, \
+lhs_contracting_dims={2}, rhs_contracting_dims={1}
+  %dynamic-update-slice-done = bf16[4,8,8]{2,1,0:S(5)} \
+async-done(%dynamic-update-slice-start)
+  %dynamic-slice-start = ((bf16[4,8,8]{2,1,0:S(5)}, s32[]), bf16[1,8,8]{2,1,0}, \
+u32[]{:S(2)}) async-start(%dynamic-update-slice-done, %i), calls=%get
+  ROOT %dynamic-slice-done = bf16[1,8,8]{2,1,0} async-done(%dynamic-slice-start)
+}
+"""
+
+
+def test_a_schedule_tells_which_copies_to_the_host_run_beside_products():
+    found = {kind.kind: kind for kind in schedule(HOSTS)}
+
+    assert set(found) == {TO_HOST, FROM_HOST}
+    assert found[TO_HOST].bytes_beside == found[TO_HOST].bytes == 2 * 8 * 8
+    assert found[FROM_HOST].bytes == 2 * 8 * 8
+    assert found[FROM_HOST].beside == 0, "it is waited for at once"
 
 
 def test_a_schedule_tells_what_runs_beside_products():

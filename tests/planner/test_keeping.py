@@ -25,6 +25,7 @@ from lepton_jax.planner.search.finer import chosen
 DIM = 32
 ROWS = 64
 LAYERS = 8
+AWAY = ["keep 0 and offload 1", "keep 2 and 0 in 3 and offload 1"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -77,7 +78,7 @@ def products(function, policy):
     return sum(eqn.outvars[0].aval.shape == shape for eqn in dots)
 
 
-@pytest.mark.parametrize("policy", ["keep 0", "keep 0-1", "keep 1 and 0 in 3"])
+@pytest.mark.parametrize("policy", ["keep 0", "keep 0-1", "keep 1 and 0 in 3", *AWAY])
 @pytest.mark.parametrize("function", [straight, looped])
 def test_values_and_gradients_are_the_same(function, policy):
     def results(function):
@@ -95,6 +96,8 @@ def test_what_is_kept_is_not_computed_again():
     assert products(looped, "keep 0") == products(looped, "keep 1") == 3 + 1
     assert products(looped, "keep 0-1") == 3
     assert products(looped, "keep 2") == 3 + 2, "nothing reads what is added"
+    assert products(looped, "keep 2 and offload 0-1") == 3
+    assert products(looped, "keep 0 and offload 1") == 3
 
 
 def test_the_first_turns_of_a_loop_keep_more():
@@ -120,16 +123,30 @@ def test_some_layers_of_a_stack_lie_as_the_stack_does():
     assert all(kernel.stored[1] == (-1, 1, 2) for kernel in kernels)
 
 
+@pytest.mark.parametrize("policy", AWAY)
+def test_what_is_offloaded_lies_on_the_host_between_the_passes(policy):
+    gradient = jax.grad(rematerialized(looped, policy))
+    graph = Graph(jax.make_jaxpr(gradient)(*arguments()), parameters=3, gradients=3)
+    away = [value for value in graph.values if value.on_host]
+    layers = {value.shape[0] for value in away if len(value.shape) == 3}
+    assert layers == ({3, 5} if "in 3" in policy else {8})
+    assert all(value.shape[-2:] == (ROWS, 4 * DIM) for value in away)
+
+
 keys = st.one_of(st.just(ALL_ATTENTION), st.integers(0, 200))
 lists = st.lists(keys, min_size=1, unique=True)
 
 
-@given(lists, lists, st.integers(0, 99))
-def test_a_policy_is_read_as_it_is_written(always, first, turns):
-    def parts(keeping):
-        return set(keeping.always), set(keeping.first), keeping.turns
+numbers = st.lists(st.integers(0, 200), unique=True)
 
-    written = Keeping(tuple(always), tuple(first) if turns else (), turns)
+
+@given(lists, lists, st.integers(0, 99), numbers)
+def test_a_policy_is_read_as_it_is_written(always, first, turns, host):
+    def parts(keeping):
+        always, first, turns, host = keeping
+        return set(always), set(first), turns, set(host)
+
+    written = Keeping(tuple(always), tuple(first) if turns else (), turns, tuple(host))
     assert parts(keeping_of(str(written))) == parts(written)
 
 
@@ -161,6 +178,26 @@ def test_what_is_chosen_fits_and_nothing_more_would(values, room):
     assert all(value.bytes > left for value in others)
 
 
+@given(
+    st.lists(kept, unique_by=lambda value: value.key),
+    st.integers(0, 10**8),
+    st.integers(0, 10**8),
+)
+def test_the_host_takes_what_does_not_fit_and_is_dearer_than_what_is_left(
+    values, room, host
+):
+    choice = chosen(values, room, host)
+    alone = chosen(values, room)
+    assert choice.always == alone.always
+    by_key = {value.key: value for value in values}
+    away = [by_key[key] for key in choice.host]
+    assert sum(value.bytes for value in away) <= host
+    assert not set(choice.host) & {*choice.always, *choice.first}
+    left = host - sum(value.bytes for value in away)
+    others = [v for v in values if v.key not in (*choice.always, *choice.host)]
+    assert all(value.bytes > left for value in others)
+
+
 @functools.cache
 def traced():
     model = partial(
@@ -183,10 +220,10 @@ def traced():
     return lepton.trace(recipe, tokens, tokens)
 
 
-def on(memory):
+def on(memory, **figures):
     """Return a TPU with some bytes of memory."""
     whole = lepton.topology("v5e:1x1")
-    chip = dataclasses.replace(whole.chip, memory=memory)
+    chip = dataclasses.replace(whole.chip, memory=memory, **figures)
     return dataclasses.replace(whole, chip=chip)
 
 
@@ -199,8 +236,12 @@ def bound(remat):
 
 def planned(share, **pins):
     """Plan for a memory between those of two policies."""
-    memory = (1 - share) * bound("full") + share * bound("dots")
-    return lepton.plan(traced(), on(memory), micro_batches=1, **pins)
+    where = on(planned_memory(share))
+    return lepton.plan(traced(), where, micro_batches=1, **pins)
+
+
+def planned_memory(share):
+    return (1 - share) * bound("full") + share * bound("dots")
 
 
 def test_between_two_policies_the_room_is_used():
@@ -212,6 +253,34 @@ def test_between_two_policies_the_room_is_used():
     assert sum(much.seconds.values()) < sum(little.seconds.values())
     assert sum(little.seconds.values()) < sum(full.seconds.values())
     assert full.peak < little.peak < much.peak
+
+
+def test_values_on_the_host_take_time_there_and_no_memory_of_the_device():
+    plan = partial(planned, 0.8)
+    less = plan(remat="keep attention,0")
+    away = plan(remat="keep attention,0 and offload 1")
+    kept = plan(remat="keep attention,0-1")
+    assert away.peak < kept.peak
+    assert away.bytes_per_device["activations"] == less.bytes_per_device["activations"]
+    assert away.seconds["matmul"] == kept.seconds["matmul"] < less.seconds["matmul"]
+    assert away.seconds["memory"] > kept.seconds["memory"]
+    slow = on(planned_memory(0.8), host_bandwidth=1e6)
+    late = lepton.plan(traced(), slow, micro_batches=1, remat=away.remat)
+    assert late.seconds["communication"] > away.seconds["communication"]
+    layers, tokens, width = 16, 64 * 1024, 256
+    assert f"{layers * tokens * width * 2 / 2**20:.1f} MiB" in away.reasons["offload"]
+    assert "offload" not in kept.reasons
+
+
+def test_where_the_link_is_fast_the_planner_offloads_by_itself():
+    memory = planned_memory(0.3)
+    fast = lepton.plan(traced(), on(memory, host_bandwidth=1e12), micro_batches=1)
+    slow = lepton.plan(traced(), on(memory, host_bandwidth=1e6), micro_batches=1)
+    none = lepton.plan(traced(), on(memory, host_memory=0.0), micro_batches=1)
+    assert "offload" in fast.remat
+    assert "offload" not in slow.remat and slow.remat == none.remat
+    assert sum(fast.seconds.values()) < 0.98 * sum(none.seconds.values())
+    assert fast.peak_bound <= fast.memory
 
 
 def test_a_plan_that_keeps_some_values_is_replayed():
@@ -231,9 +300,17 @@ def test_a_plan_that_keeps_some_values_is_replayed():
         ("keep", "'keep' is not known"),
         ("keep 0,nothing", "is not known"),
         ("keep 0 and 1 in 0", "is not known"),
+        ("offload 0", "is not known"),
+        ("keep 0 and offload attention", "is not known"),
+        ("keep 0 and offload 78", "keeps product 78"),
     ],
 )
 def test_a_wrong_policy_is_an_error_that_says_what_there_is(remat, says):
     with pytest.raises(lepton.PlanError, match=says) as caught:
         planned(0.5, remat=remat)
     assert "product 0" in str(caught.value) or "none, dots, full" in str(caught.value)
+
+
+def test_a_value_is_kept_in_one_place():
+    with pytest.raises(lepton.PlanError, match="product 1 in two places"):
+        planned(0.5, remat="keep 0-2 and offload 1")

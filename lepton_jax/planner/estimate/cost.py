@@ -20,7 +20,8 @@ w[512, 256], on eight devices:
    (the latency-hiding scheduler on TPU and GPU): a share of them shows (`xla.figures`),
    or what is longer than the computing. What moves activations waits for them and is
    waited for. On a CPU nothing overlaps, and all-gathers are not joined.
-5. Elementwise operations read and write each value once per fused group (`traffic`).
+5. Copies to the host's memory and back run beside the products, too (`offload`).
+6. Elementwise operations read and write each value once per fused group (`traffic`).
    The update reads and writes the parameters and the optimizer's state.
 """
 
@@ -52,6 +53,7 @@ from lepton_jax.planner.estimate.attention import (
 from lepton_jax.planner.estimate.equal import repeated
 from lepton_jax.planner.estimate.jobs import Job, Jobs, sum_shares
 from lepton_jax.planner.estimate.motion import Motion, moved_value
+from lepton_jax.planner.estimate.offload import Offload
 from lepton_jax.planner.estimate.orthogonal import Work as OrthogonalWork
 from lepton_jax.planner.estimate.orthogonal import stack_moves
 from lepton_jax.planner.estimate.orthogonal import work as orthogonal_work
@@ -134,11 +136,13 @@ class Estimate:
         counts twice, and a convolution that runs densely counts all that it multiplies.
         `Trace.flops` are those of the model.
       moves: communication by (kind, axes): [count, bytes, seconds, causes].
+      offloaded: bytes that a device sends to its host's memory, and fetches again.
     """
 
     seconds: dict[str, float]
     flops: float
     moves: Ledger = field(default_factory=dict)
+    offloaded: float = 0.0
 
     @property
     def total(self) -> float:
@@ -178,6 +182,7 @@ class Cost:
         merged = repeated(self.graph.main) if on_cpu else ()
         self.jobs = Jobs(names, self.prefers, shares, self.motion, merged).jobs
         self.sizes = sizes or Sizes(self.graph, names)
+        self.offload = Offload(self.graph, self.sizes)
         passes = traffic(self.graph)
         if on_cpu:
             passes = cpu.cached_traffic(self.graph, passes)
@@ -246,18 +251,21 @@ class Cost:
         sent = [*shown.items(), *hidden.items()]
         communicated = sum(2 * size * key[-1] for key, size in sent)
         communicated += sum(2 * move.bytes * move.runs for move in ringed)
+        offloaded = self.offload.traffic(assignment)
+        communicated += offloaded.out + offloaded.back
         memory = self._memory(assignment, communicated)
         waiting = self._communication(shown, ledger)
         waiting += sum(self._passed_on(move, ledger) for move in ringed)
         alongside = self._communication(hidden, ledger)
         waiting += self._exposed(alongside, compute + memory, self._waited())
+        waiting += offloaded.seconds(self.chip.host_bandwidth, compute + memory)
         seconds = {
             "matmul": compute,
             "memory": memory,
             "communication": waiting,
             "optimizer": self._update(layout) + orthogonal.seconds,
         }
-        return Estimate(seconds, flops, ledger)
+        return Estimate(seconds, flops, ledger, offloaded.out)
 
     def _merged(self, assignment: Assignment) -> Collection[str]:
         """Return the operations that XLA merges with equal ones before a barrier.

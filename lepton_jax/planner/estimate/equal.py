@@ -28,7 +28,7 @@ from lepton_jax.planner.program.graph import BARRIER, Operation, Region, Value
 from lepton_jax.planner.program.rules import ELEMENTWISE, REDUCTIONS
 
 # Operations whose result is their operand.
-PASSING = {BARRIER, "name", "copy"}
+PASSING = {BARRIER, "name", "copy", "layout_constraint"}
 SPREADING = {"broadcast_in_dim", "iota"}
 BROADCASTS = {"broadcast_in_dim", "expand_dims", "reshape"}
 

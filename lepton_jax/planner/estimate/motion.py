@@ -60,6 +60,7 @@ ROUNDED_EARLIER = {
     "broadcast_in_dim",
     "gather",
     "copy",
+    "layout_constraint",
     "name",
 }
 

@@ -120,7 +120,7 @@ class Sizes:
             *dims,
             *places,
             parameter,
-            itemsize(value),
+            0 if value.on_host else itemsize(value),
         )
 
     def bytes(

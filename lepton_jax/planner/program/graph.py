@@ -42,7 +42,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal, scan_counts
+from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal, on_host, scan_counts
 from lepton_jax.planner.program.rules import ELEMENTWISE, RULES, unknown
 from lepton_jax.planner.program.staged import IN_PART, Samples, behind
 from lepton_jax.planner.rewrite.eight_bits import GRADIENT
@@ -78,6 +78,7 @@ KEEPING = {
     "convert_element_type",
     "copy",
     "neg",
+    "layout_constraint",
     "name",
     "optimization_barrier",
     "reduce_precision",
@@ -106,11 +107,12 @@ class Value:
       index: its number in `Graph.values`.
       shape, dtype: as in the jaxpr.
       nodes: the node of each dim.
+      on_host: whether it lies in the host's memory.
       stored: set where the value is a parameter, or a parameter's gradient, as the
         state keeps it: only cast, transposed or sliced by a loop since or before.
     """
 
-    __slots__ = ("dtype", "index", "nodes", "shape", "stored")
+    __slots__ = ("dtype", "index", "nodes", "on_host", "shape", "stored")
 
     def __init__(
         self,
@@ -124,6 +126,7 @@ class Value:
         self.shape = shape
         self.dtype = dtype
         self.nodes = nodes
+        self.on_host = False
         self.stored: Stored | None = None
 
 
@@ -337,6 +340,12 @@ class Graph:
         self.values.append(value)
         return value
 
+    def _copy_of(self, value: Value) -> Value:
+        """Add a value like another one, with dims of its own."""
+        copy = self._new_value(value.shape, value.dtype)
+        copy.on_host = value.on_host
+        return copy
+
     def scratch(self, shape: tuple[int, ...], dtype: Any) -> Value:
         """Add an array that an operation needs while it runs."""
         return self._new_value(shape, dtype)
@@ -350,7 +359,9 @@ class Graph:
             aval = variable.aval  # a token has neither shape nor dtype
             shape = getattr(aval, "shape", ())
             dtype = getattr(aval, "dtype", None)
-            values.append(self._new_value(shape, dtype))
+            value = self._new_value(shape, dtype)
+            value.on_host = on_host(aval)
+            values.append(value)
         return values
 
     def _region(
@@ -514,7 +525,7 @@ class Graph:
         of the call before its time.
         """
         given = [value for value in inputs if value is not None]
-        copies = [self._new_value(value.shape, value.dtype) for value in given]
+        copies = [self._copy_of(value) for value in given]
         barrier = Operation(
             eqn,
             [*given],
@@ -674,7 +685,7 @@ class Graph:
     ) -> Value:
         """Return the copy of an outer value in a loop's body; a new one at first."""
         if value.index not in inside:
-            copy = self._new_value(value.shape, value.dtype)
+            copy = self._copy_of(value)
             inside[value.index] = copy
             if self._positional[value.index] is None:
                 body.constants.append(copy)

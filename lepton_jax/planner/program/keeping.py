@@ -5,14 +5,19 @@ none, lies a policy for each set of them. It is written as a word and the number
 projections, in the order of the program; a loop's body is counted once:
 
     >>> keeping_of("keep attention,0-2,5")
-    Keeping(always=('attention', 0, 1, 2, 5), first=(), turns=0)
+    Keeping(always=('attention', 0, 1, 2, 5), first=(), turns=0, host=())
 
 What is kept is kept in each turn of a loop, or in its first ones alone:
 
     >>> keeping_of("keep attention and 0,1 in 20")
-    Keeping(always=('attention',), first=(0, 1), turns=20)
+    Keeping(always=('attention',), first=(0, 1), turns=20, host=())
     >>> str(Keeping(always=("attention",), first=(0, 1), turns=20))
     'keep attention and 0-1 in 20'
+
+or in the host's memory, from which the backward pass fetches it again:
+
+    >>> keeping_of("keep attention,0-1 and offload 2,3").host
+    (2, 3)
 
 Attention is one choice for all layers, as its operation keeps two arrays together.
 
@@ -36,15 +41,18 @@ from typing import Any, NamedTuple
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from lepton_jax.compat import Jaxpr, Literal, scan_counts
+from lepton_jax.compat import HOST_MEMORY, Jaxpr, Literal, scan_counts
 from lepton_jax.planner.rewrite.attention import ATTENTION
 from lepton_jax.planner.rewrite.eight_bits import RESULT
 from lepton_jax.planner.rewrite.program import Uses, equations, parts
 from lepton_jax.planner.rewrite.staged_attention import STAGED
 
 KEEP = "keep"
+NUMBERS = r"\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*"
 LIST = r"(?:attention|\d+(?:-\d+)?)(?:,\d+(?:-\d+)?)*"
-WRITTEN = re.compile(rf"keep ({LIST})(?: and ({LIST}) in ([1-9]\d*))?")
+FIRST = rf"(?: and ({LIST}) in ([1-9]\d*))?"
+HOST = rf"(?: and offload ({NUMBERS}))?"
+WRITTEN = re.compile(rf"keep ({LIST}){FIRST}{HOST}")
 ALL_ATTENTION = "attention"
 
 # Bytes that are not worth a second run. Assumption.
@@ -65,6 +73,7 @@ LINEAR = {
     "neg",
     "convert_element_type",
     "copy",
+    "layout_constraint",
     "name",
     "reduce_precision",
     "reshape",
@@ -84,29 +93,39 @@ class Keeping(NamedTuple):
       always: keys of values that are kept in each turn of their loop.
       first: of those that are kept in the first turns.
       turns: how many these are.
+      host: of those that are kept in the host's memory, in each turn.
     """
 
     always: tuple[Key, ...]
     first: tuple[Key, ...] = ()
     turns: int = 0
+    host: tuple[Key, ...] = ()
 
     def __str__(self) -> str:
         """Return the policy as it is written."""
         words = [f"{KEEP} {_listed(self.always)}"]
         if self.turns:
             words += ["and", _listed(self.first), "in", str(self.turns)]
+        if self.host:
+            words += ["and offload", _listed(self.host)]
         return " ".join(words)
 
     @property
     def keys(self) -> tuple[Key, ...]:
         """Keys of all values that are kept somewhere."""
-        return (*self.always, *self.first)
+        return (*self.always, *self.first, *self.host)
 
     def policy(self, turn: int = 0) -> Callable[..., Any]:
         """Return the policy of a loop's turn, as `jax.checkpoint` takes it."""
-        keys = self.keys if turn < self.turns else self.always
-        names = [NAME.format(key) for key in keys]
-        keeps = jax.checkpoint_policies.save_only_these_names(*names)
+        keys = self.always
+        if turn < self.turns:
+            keys = (*self.always, *self.first)
+        keeps = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[NAME.format(key) for key in keys],
+            names_which_can_be_offloaded=[NAME.format(key) for key in self.host],
+            offload_src="device",
+            offload_dst=HOST_MEMORY,
+        )
         attention = ALL_ATTENTION in keys
 
         def keeps_it(primitive: Any, *avals: Any, **params: Any) -> Any:
@@ -145,11 +164,12 @@ def keeping_of(policy: str) -> Keeping:
     """
     match = WRITTEN.fullmatch(policy)
     assert match is not None
-    always, first, turns = match.groups()
+    always, first, turns, host = match.groups()
     return Keeping(
         tuple(_keys(always)),
         tuple(_keys(first)) if first else (),
         int(turns or 0),
+        tuple(_keys(host)) if host else (),
     )
 
 
@@ -226,7 +246,7 @@ def is_layer(eqn: Any) -> bool:
 
 
 def nbytes(variable: Any) -> int:
-    """Return the bytes of a variable; 0 for what is no array."""
+    """Return the bytes of a variable on a device; 0 for what is no array."""
     aval = variable.aval
     if not hasattr(aval, "size") or not hasattr(aval.dtype, "itemsize"):
         return 0

@@ -54,6 +54,7 @@ UNCHANGED = {
     "copy",
     "copy_p",
     "convert_element_type",
+    "layout_constraint",
     "name",
     "optimization_barrier",
     "sharding_constraint",

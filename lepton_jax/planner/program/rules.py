@@ -117,6 +117,7 @@ ELEMENTWISE = [
     "name",
     "sharding_constraint",
     "device_put",
+    "layout_constraint",
     "mul_add",
     "opaque_cast",
     "pvary",

@@ -119,6 +119,7 @@ def build(
         reasons={
             **verdict.reasons,
             **reasons,
+            **_offload_reasons(topology, assignment, estimate),
             **_flag_reasons(_flags(verdict, topology)),
         },
         notes=(*verdict.notes, *notes),
@@ -141,6 +142,24 @@ def _flags(verdict: Verdict, topology: Topology) -> dict[str, Any]:
     if verdict.flags is not None:
         return dict(verdict.flags)
     return flags.chosen(topology.platform, topology.devices, os.environ)
+
+
+def _offload_reasons(
+    topology: Topology,
+    assignment: Assignment,
+    estimate: Estimate | None,
+) -> dict[str, str]:
+    """Return the decision about the host's memory: what goes there, and how fast."""
+    if estimate is None or not estimate.offloaded:
+        return {}
+    size = feeding.size(estimate.offloaded)
+    kept = feeding.size(estimate.offloaded / assignment.micro_batches)
+    link = topology.device.host_bandwidth / 1e9
+    return {
+        "offload": f"{size} of a device go to its host's memory in a step and come"
+        f" back, beside the products, over {link:g} GB/s each way; the host holds"
+        f" {kept} at a time"
+    }
 
 
 def _flag_reasons(chosen: Mapping[str, Any]) -> dict[str, str]:

@@ -146,3 +146,12 @@ FINER_GAIN = 0.01
 # often. Assumption.
 FINER_ROOM = 0.85
 FINER_TRIES = 3
+# Of a loop's turns, the share from which on it is worth two loops. Assumption.
+FINER_TURNS = 1 / 16
+# What is kept in the host's memory: how much of a step's time it has to gain beyond
+# what fits on the devices, since no chip was there to measure it; the share of the time
+# beside which it is copied that it may take; the share of the host's memory.
+# Assumptions.
+OFFLOAD_GAIN = 0.03
+OFFLOAD_BESIDE = 0.9
+OFFLOAD_MEMORY = 0.5

@@ -173,10 +173,18 @@ def _check_remat(remat: str | None, trace: Trace, where: str) -> None:
             f"remat {remat!r} is not known{nearest(str(remat), POLICIES)}",
             where=where,
             remedy=f"use one of {', '.join(POLICIES)}, or 'keep' and what is kept, such"
-            " as 'keep attention,0-2', as a plan shows it",
+            " as 'keep attention,0-2 and offload 3', as a plan shows it",
+        )
+    kept = keeping.keeping_of(remat)
+    twice = {*kept.always, *kept.first} & {*kept.host}
+    if twice:
+        raise PlanError(
+            f"remat {remat!r} has {_written(min(twice))} in two places",
+            where=where,
+            remedy="name it once: what is offloaded is kept, too",
         )
     known = [value.key for value in trace.keepable()]
-    missing = [key for key in keeping.keeping_of(remat).keys if key not in known]
+    missing = [key for key in kept.keys if key not in known]
     if missing:
         raise PlanError(
             f"remat {remat!r} keeps {_written(missing[0])}, which the model has not",

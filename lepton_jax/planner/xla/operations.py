@@ -17,6 +17,7 @@ ALIASES = {
     "squeeze",
     "expand_dims",
     BARRIER,
+    "layout_constraint",
     "name",
     "copy",
     "copy_p",
