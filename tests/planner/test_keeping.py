@@ -17,7 +17,13 @@ import lepton_jax as lepton
 from lepton_jax import models
 from lepton_jax.planner import Plan
 from lepton_jax.planner.program.graph import Graph
-from lepton_jax.planner.program.keeping import ALL_ATTENTION, Keeping, Kept, keeping_of
+from lepton_jax.planner.program.keeping import (
+    ALL_ATTENTION,
+    Keeping,
+    Kept,
+    is_keeping,
+    keeping_of,
+)
 from lepton_jax.planner.program.remat import rematerialized
 from lepton_jax.planner.rewrite.program import equations
 from lepton_jax.planner.search.finer import chosen
@@ -25,7 +31,7 @@ from lepton_jax.planner.search.finer import chosen
 DIM = 32
 ROWS = 64
 LAYERS = 8
-AWAY = ["keep 0 and offload 1", "keep 2 and 0 in 3 and offload 1"]
+AWAY = ["offload 0-1", "keep 0 and offload 1", "keep 2 and 0 in 3 and offload 1"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -147,6 +153,9 @@ def test_a_policy_is_read_as_it_is_written(always, first, turns, host):
         return set(always), set(first), turns, set(host)
 
     written = Keeping(tuple(always), tuple(first) if turns else (), turns, tuple(host))
+    assert is_keeping(str(written))
+    away = Keeping((), host=(*host, 0))
+    assert is_keeping(str(away)) and parts(keeping_of(str(away))) == parts(away)
     assert parts(keeping_of(str(written))) == parts(written)
 
 
@@ -283,6 +292,13 @@ def test_where_the_link_is_fast_the_planner_offloads_by_itself():
     assert fast.peak_bound <= fast.memory
 
 
+def test_where_the_devices_have_no_room_everything_may_go_to_the_hosts():
+    full = on(planned_memory(0.01), host_bandwidth=1e12)
+    plan = lepton.plan(traced(), full, micro_batches=1)
+    assert plan.remat.startswith("offload 0")
+    assert Plan.from_json(plan.to_json()).remat == plan.remat
+
+
 def test_a_plan_that_keeps_some_values_is_replayed():
     plan = planned(0.5)
     again = Plan.from_json(plan.to_json())
@@ -300,7 +316,9 @@ def test_a_plan_that_keeps_some_values_is_replayed():
         ("keep", "'keep' is not known"),
         ("keep 0,nothing", "is not known"),
         ("keep 0 and 1 in 0", "is not known"),
-        ("offload 0", "is not known"),
+        ("offload attention", "is not known"),
+        ("offload 0 and offload 1", "is not known"),
+        ("keep 0 and offload 1 and offload 2", "is not known"),
         ("keep 0 and offload attention", "is not known"),
         ("keep 0 and offload 78", "keeps product 78"),
     ],

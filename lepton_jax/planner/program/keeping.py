@@ -18,6 +18,8 @@ or in the host's memory, from which the backward pass fetches it again:
 
     >>> keeping_of("keep attention,0-1 and offload 2,3").host
     (2, 3)
+    >>> str(Keeping(always=(), host=(0, 1)))
+    'offload 0-1'
 
 Attention is one choice for all layers, as its operation keeps two arrays together.
 
@@ -47,12 +49,11 @@ from lepton_jax.planner.rewrite.eight_bits import RESULT
 from lepton_jax.planner.rewrite.program import Uses, equations, parts
 from lepton_jax.planner.rewrite.staged_attention import STAGED
 
-KEEP = "keep"
 NUMBERS = r"\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*"
 LIST = r"(?:attention|\d+(?:-\d+)?)(?:,\d+(?:-\d+)?)*"
-FIRST = rf"(?: and ({LIST}) in ([1-9]\d*))?"
-HOST = rf"(?: and offload ({NUMBERS}))?"
-WRITTEN = re.compile(rf"keep ({LIST}){FIRST}{HOST}")
+ON_DEVICE = re.compile(rf"keep ({LIST})(?: and ({LIST}) in ([1-9]\d*))?")
+ON_HOST = re.compile(rf"offload ({NUMBERS})")
+BETWEEN = " and offload "
 ALL_ATTENTION = "attention"
 
 # Bytes that are not worth a second run. Assumption.
@@ -103,12 +104,14 @@ class Keeping(NamedTuple):
 
     def __str__(self) -> str:
         """Return the policy as it is written."""
-        words = [f"{KEEP} {_listed(self.always)}"]
+        parts = []
+        if self.always:
+            parts.append(f"keep {_listed(self.always)}")
         if self.turns:
-            words += ["and", _listed(self.first), "in", str(self.turns)]
+            parts.append(f"{_listed(self.first)} in {self.turns}")
         if self.host:
-            words += ["and offload", _listed(self.host)]
-        return " ".join(words)
+            parts.append(f"offload {_listed(self.host)}")
+        return " and ".join(parts)
 
     @property
     def keys(self) -> tuple[Key, ...]:
@@ -162,20 +165,22 @@ def keeping_of(policy: str) -> Keeping:
     Args:
       policy: written as `Keeping` is.
     """
-    match = WRITTEN.fullmatch(policy)
-    assert match is not None
-    always, first, turns, host = match.groups()
-    return Keeping(
-        tuple(_keys(always)),
-        tuple(_keys(first)) if first else (),
-        int(turns or 0),
-        tuple(_keys(host)) if host else (),
-    )
+    device, host = _places(policy)
+    keeping = Keeping(())
+    if device is not None:
+        always, first, turns = device.groups()
+        keeping = Keeping(tuple(_keys(always)), tuple(_keys(first)), int(turns or 0))
+    if host is not None:
+        keeping = keeping._replace(host=tuple(_keys(host[1])))
+    return keeping
 
 
 def is_keeping(policy: str) -> bool:
     """Whether a policy lists what it keeps."""
-    return WRITTEN.fullmatch(policy) is not None
+    device, host = _places(policy)
+    if BETWEEN in policy:
+        return device is not None and host is not None
+    return device is not None or host is not None
 
 
 def values(
@@ -275,6 +280,13 @@ def fixed(jaxpr: Jaxpr, parameters: int) -> set[Any]:
 # ---- internals ----
 
 
+def _places(policy: str) -> tuple[re.Match | None, re.Match | None]:
+    """Return what a policy says of the devices and of the hosts."""
+    device, between, host = policy.partition(BETWEEN)
+    on_host = f"offload {host}" if between else policy
+    return ON_DEVICE.fullmatch(device), ON_HOST.fullmatch(on_host)
+
+
 def _listed(keys: Iterable[Key]) -> str:
     """Write keys, those in a row as a range."""
     every = set(keys)
@@ -287,9 +299,9 @@ def _listed(keys: Iterable[Key]) -> str:
     return ",".join(words)
 
 
-def _keys(listed: str) -> Iterator[Key]:
-    """Read what `_listed` writes."""
-    for entry in listed.split(","):
+def _keys(listed: str | None) -> Iterator[Key]:
+    """Read what `_listed` writes; None: nothing."""
+    for entry in listed.split(",") if listed else ():
         if entry == ALL_ATTENTION:
             yield entry
             continue
