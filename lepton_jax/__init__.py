@@ -67,7 +67,9 @@ def __getattr__(name: str) -> object:
     if not name.startswith("_") and _find_spec(f"lepton_jax.{name}"):
         return _import_module(f"lepton_jax.{name}")
     if name in __all__:
-        return getattr(_import_module("lepton_jax.api"), name)
+        api = _import_module("lepton_jax.api")
+        globals().update({public: getattr(api, public) for public in __all__})
+        return globals()[name]
     raise AttributeError(f"module 'lepton_jax' has no attribute {name!r}")
 
 
