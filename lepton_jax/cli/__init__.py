@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
+import threading
+import types
 from collections.abc import Sequence
 
 from lepton_jax.errors import nearest
@@ -52,18 +55,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{_usage()}\n\n{error}", file=sys.stderr)
         return MISTAKE
 
-    # imported now, for each command needs packages that the others don't
-    try:
-        command = importlib.import_module(f"lepton_jax.cli.{name}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        # libraries that were loaded by half may crash an interpreter that cleans up
-        os._exit(INTERRUPTED)
+    command = _loaded(f"lepton_jax.cli.{name}")
     try:
         return command.main(rest)
     except KeyboardInterrupt:  # before the command was ready for it
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _loaded(module: str) -> types.ModuleType:
+    """Import a module; on Ctrl-C the process ends at once.
+
+    Libraries that are loaded by half may swallow a KeyboardInterrupt, or crash an
+    interpreter that cleans up after one.
+    """
+
+    def leave(number: int, frame: types.FrameType | None) -> None:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+
+    # a process in the background may ignore the signal, and a thread can't decide
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        return importlib.import_module(module)
+    signal.signal(signal.SIGINT, leave)
+    try:
+        return importlib.import_module(module)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _usage() -> str:
