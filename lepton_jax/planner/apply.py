@@ -44,6 +44,10 @@ from lepton_jax.planner.rewrite.stage_moves import (
 from lepton_jax.planner.rewrite.staged_attention import STAGED_KERNELS
 from lepton_jax.step.training_loss import argument_paths
 
+# the primitives of kernels written with pallas, and of an array's layout in memory
+PALLAS = "pallas_call"
+LAYOUT = "layout_constraint"
+
 # Primitives whose results XLA's own propagation never gets wrong: they need no
 # constraint. Held by tests/planner/test_correctness.py.
 FOLLOWING = {
@@ -53,11 +57,7 @@ FOLLOWING = {
     "transpose",
     "squeeze",
     "expand_dims",
-}
-
-
-# the primitive of kernels written with pallas
-PALLAS = "pallas_call"
+} - {LAYOUT}
 
 
 def laid_out(
@@ -224,6 +224,8 @@ class _Interpreter:
             return [self._grouped(op, product, operands, decision)]
         if op.name == PALLAS:
             return self._on_each_device(op, operands)
+        if op.name == LAYOUT:
+            return [self._arranged(op, operands[0])]
         return _bind(op.eqn, operands)
 
     def _move_operands(
@@ -419,6 +421,21 @@ class _Interpreter:
             out_specs=PartitionSpec(),
             check_vma=False,
         )(*operands)
+
+    def _arranged(self, op: Operation, x: Any) -> Any:
+        """Say how each device's part of an array lies in memory.
+
+        XLA would gather the array first (libtpu 0.0.42, without the flags that keep
+        gathers: 4 TiB of a mixture's residual stream in a step).
+        """
+        spec = partition(self.layout.spec(op.outputs[0]), self.mesh.axis_names)
+        return jax.shard_map(
+            lambda part: _bind(op.eqn, [part])[0],
+            mesh=self.mesh,
+            in_specs=spec,
+            out_specs=spec,
+            check_vma=False,
+        )(x)
 
     def _own(
         self,
