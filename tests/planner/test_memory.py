@@ -525,6 +525,33 @@ def test_dims_that_both_operands_of_a_product_share_are_not_tiled():
     assert _never_minor(graph)[product.index] == {0}
 
 
+@pytest.mark.parametrize(("head", "times"), [(64, 2), (32, 4), (128, 1)])
+def test_queries_and_keys_for_a_kernel_lie_in_rows_of_one_head(head, times):
+    """Such a row takes all lanes; values lie as the product has them."""
+    recipe = language(4).with_(
+        model=partial(
+            models.TransformerLM, 1024, dim=4 * head, layers=3, heads=4, loop="scan"
+        )
+    )
+    tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+    traced = trace(recipe, tokens, tokens).on(topology("v5e:2x2"))
+    names = Names(traced.gradient("none"), traced.arguments)
+    sizes = Sizes(names.graph, names)
+    alone = Assignment((1,), (0,) * len(names.groups), keep=0)
+
+    (plain, _), (tiled, _) = (sizes.bytes(alone, tiles) for tiles in (False, True))
+
+    stacks = [
+        value.index
+        for op in names.graph.main.operations
+        if op.name == "scan"
+        for value in op.outputs
+        if value.shape == (3, 4, 512, 4, head)
+    ]
+    taken = sorted(tiled[stacks] / plain[stacks])
+    assert taken == [1, *3 * [times]], "values; queries, keys and what comes out"
+
+
 def test_strided_slices_are_kernels_of_their_own_on_tpu_alone():
     def loss(w, x):
         h = x * w
