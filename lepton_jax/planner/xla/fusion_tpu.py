@@ -137,6 +137,16 @@ class TpuFusion(Fusion):
         if source.index in self.only and len(users) == 1:
             self.only[target.index] = self.only[source.index]
 
+    def are_the_same(self, first: Value, second: Value) -> bool:
+        """Whether two stacks of the same numbers lie in the same tiles.
+
+        What comes out of attention is kept twice, as heads and as one row a token: of
+        bf16[8,425,512,2,128] and bf16[8,425,512,256] libtpu 0.0.42 keeps both
+        (`planner-memory --half tuning --dropless`, program 8).
+        """
+        same = super().are_the_same(first, second)
+        return same and _lanes(first) == _lanes(second)
+
     # ---- operations that fuse ----
 
     def scatters_numbers(self, op: Operation) -> bool:
@@ -577,6 +587,12 @@ class TpuFusion(Fusion):
         groups.append(Group(reads, (gradient,)))
         self.taken.append(gradient)
         self.in_hbm.append(gradient)
+
+
+def _lanes(value: Value) -> int:
+    """Return the extent of the last dim, dims of one left out."""
+    wide = [extent for extent in value.shape if extent > 1]
+    return wide[-1] if wide else 1
 
 
 def _attends(products: list[Operation]) -> bool:
