@@ -326,7 +326,9 @@ def predict(
         # v5e's scheduler puts work off that others' don't (libtpu of jax 0.10).
         eager = name != "v5e"
         window = windowed(timeline, names, assignment, computed)
-        timeline = timeline.variant(window, eager)
+        pieces = _sample_parts(names, assignment) * assignment.micro_batches
+        alone = trace.recipe.batch_size <= pieces
+        timeline = timeline.variant(window, eager, alone)
     top = peak(
         timeline,
         stored,
