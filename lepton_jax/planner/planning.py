@@ -238,7 +238,7 @@ def _plan(
         reasons=_reasons(problem, chosen, ranked),
         notes=tuple(_notes(problem, chosen)),
         bounds=chosen.bounds,
-        flags=problem.flags,
+        flags=problem.pins.flags,
     )
     return build(
         problem.trace,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+from functools import partial
 
 import jax
 import numpy as np
@@ -34,6 +35,31 @@ def test_a_users_flags_win_wherever_they_stand():
 def test_one_device_and_a_cpu_get_no_flags():
     assert flags.chosen("tpu", 1, {}) == flags.chosen("cpu", 8, {}) == {}
     assert flags.chosen("cuda", 8, {})["xla_gpu_enable_latency_hiding_scheduler"]
+
+
+@pytest.mark.parametrize(
+    ("capacity", "axis", "is_given"),
+    [(None, "expert", False), (None, "fsdp", True), (1.25, "expert", True)],
+    ids=["dropless", "whole experts", "slots"],
+)
+def test_split_experts_that_drop_no_token_are_compiled_without_what_fails_on_them(
+    capacity, axis, is_given
+):
+    recipe = lepton.Recipe(
+        model=partial(
+            models.MoELM, 64, dim=16, layers=1, heads=2, experts=4, capacity=capacity
+        ),
+        loss=losses.cross_entropy,
+        optimizer=optax.sgd(0.1),
+        batch_size=8,
+    )
+    tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
+    traced = lepton.trace(recipe, tokens, tokens)
+
+    plan = lepton.plan(traced, lepton.topology("v5e:2x2"), mesh={axis: 4})
+
+    assert (flags.FUSES_SCATTERS in plan.flags) == is_given
+    assert flags.FUSES in plan.flags
 
 
 @pytest.mark.parametrize("text", ("xla_a", "a=1", "--=true", "None"))

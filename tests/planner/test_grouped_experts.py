@@ -15,15 +15,19 @@ import pytest
 import lepton_jax as lepton
 from lepton_jax import losses, models
 from lepton_jax.models import moe
+from lepton_jax.planner.assignment import Assignment
+from lepton_jax.planner.estimate import workspace
+from lepton_jax.planner.estimate.sizes import Sizes
 from lepton_jax.planner.program import named, ragged
 from lepton_jax.planner.program.graph import Graph
-from lepton_jax.planner.rewrite import experts
+from lepton_jax.planner.rewrite import experts, own
 from lepton_jax.planner.search import build
 from lepton_jax.train.program import Program
 from lepton_jax.verify.comparison import verify
 
 RTOL = 1e-5
 BATCH, LENGTH = 8, 6
+LONG = 256  # of so many tokens experts are gathered for them, not they for the experts
 SHAPE = {"vocab": 32, "dim": 16, "layers": 1, "heads": 2, "hidden": 24, "experts": 8}
 
 
@@ -235,7 +239,7 @@ def test_a_function_of_the_same_name_is_no_mixture():
     assert not experts.has_mixture(jax.make_jaxpr(chosen_experts)(*arrays()).jaxpr)
 
 
-@pytest.mark.parametrize("length", (LENGTH, 256), ids=["tokens", "kernels"])
+@pytest.mark.parametrize("length", (LENGTH, LONG), ids=["tokens", "kernels"])
 def test_xla_sends_what_is_planned_for_experts(length):
     """Few tokens are gathered for the experts, experts for many tokens."""
     token = jax.ShapeDtypeStruct((1, length), jnp.int32)
@@ -247,6 +251,70 @@ def test_xla_sends_what_is_planned_for_experts(length):
 
     assert not found.unexpected and not found.absent
     assert found.flops == pytest.approx(plan.flops, rel=0.05)
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize(
+    ("length", "sizes", "masks", "tokens_over", "hidden_over"),
+    [
+        (LONG, (8,), {"batch": 1}, 8, 1),
+        (48, (2, 4), {"batch": 3, "experts": 2}, 2, 1),
+        (48, (4, 2), {"batch": 3, "experts": 2}, 4, 1),
+        (LONG, (4, 2), {"batch": 1, "hidden": 2}, 4, 2),
+    ],
+    ids=["tokens", "experts over 4", "experts over 2", "hidden units"],
+)
+def test_rows_are_those_of_all_devices_that_share_the_experts(
+    length, sizes, masks, tokens_over, hidden_over
+):
+    """Tokens lie split over the experts' axis, too, but are gathered for them."""
+    token = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    where = lepton.topology(f"cpu:{math.prod(sizes)}")
+    trace = lepton.trace(traced().recipe, token, token).on(where)
+    names = named.Names(trace.gradient("none"), trace.arguments)
+    groups = {"experts": "feed_forward/up.0", "hidden": "feed_forward/up.2"}
+    chosen = [
+        sum(
+            mask
+            for what, mask in masks.items()
+            if group.name.endswith(groups.get(what, what))
+        )
+        for group in names.groups
+    ]
+    assignment = Assignment(sizes, tuple(chosen), keep=0)
+    held = Sizes(names.graph, names)
+    layout = workspace.laid_out(names, assignment, held.prefers)
+
+    found = workspace.workspace_bytes(layout, held.working, tiled=False)
+
+    values = [names.graph.values[index] for index in found]
+    rows = BATCH * length * 2 / tokens_over
+    width = {SHAPE["hidden"]: SHAPE["hidden"] / hidden_over, SHAPE["dim"]: SHAPE["dim"]}
+    for value in values:
+        count = rows if len(value.shape) == 4 else rows / 2  # chosen twice, or once
+        assert found[value.index] == 4 * count * width[value.shape[-1]]
+    assert {value.shape[-1] for value in values} == set(width)
+
+
+def test_the_forward_pass_runs_again_only_when_its_slopes_are_there():
+    """Else XLA begins it at once in all layers, and keeps what each of them makes."""
+    given = arrays()
+    kernels = given[3:]
+
+    def loss(x):
+        return experts.ruled(moe.chosen_experts)(x, *given[1:3], *kernels).sum()
+
+    program = jax.make_jaxpr(jax.grad(loss))(given[0])
+    (gradient,) = [
+        eqn for eqn in program.jaxpr.eqns if eqn.primitive.name == own.OWN_GRADIENT
+    ]
+    shapes = [variable.aval for variable in gradient.invars]
+    body = jax.make_jaxpr(partial(gradient.params["own"].run, ""))(*shapes).jaxpr
+
+    barriers = [e for e in body.eqns if e.primitive.name == "optimization_barrier"]
+    assert any(body.invars[-1] in barrier.invars for barrier in barriers)
 
 
 # ---- grouped products ----

@@ -176,6 +176,30 @@ def buffers(timeline, *shape):
     ]
 
 
+def test_stacks_that_lie_in_other_tiles_are_two_on_tpu():
+    """What comes out of attention: heads, and the same numbers as one row a token."""
+
+    def loss(w, x):
+        def layer(x, w):
+            heads = jnp.tanh(x @ w).reshape(32, 4, 16)
+            rows = heads.reshape(32, 64)
+            return rows, (heads, rows)
+
+        x, (heads, rows) = jax.lax.scan(layer, x, w)
+        return x.sum() + jnp.sin(heads).sum() + jnp.cos(rows).sum()
+
+    w, x = jnp.ones((7, 64, 64)), jnp.ones((32, 64))
+    graph = Graph(jax.make_jaxpr(loss)(w, x), parameters=1)
+
+    def stacks(platform):
+        timeline = Timeline(graph, platform)
+        shapes = ((7, 32, 4, 16), (7, 32, 64))
+        return len({b for shape in shapes for b in buffers(timeline, *shape)})
+
+    assert stacks("tpu") == 2
+    assert stacks("gpu") == 1
+
+
 def test_a_product_on_tpu_writes_what_its_end_computes():
     """The masked gradient behind a relu is written instead of the product.
 
@@ -523,6 +547,48 @@ def test_dims_that_both_operands_of_a_product_share_are_not_tiled():
     graph = Graph(jax.make_jaxpr(loss)(*shapes), 1, 0)
     product = next(v for v in graph.values if v.shape == (1024, 13, 13))
     assert _never_minor(graph)[product.index] == {0}
+
+
+@pytest.mark.parametrize(("samples", "waits"), [(1, True), (2, False)])
+def test_logits_of_a_single_sample_are_looked_up_at_the_end(samples, waits):
+    """All through the backward pass libtpu keeps them, in float32."""
+    tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+    traced = trace(language(samples), tokens, tokens).on(topology("v5e:2x2"))
+    names = Names(traced.gradient("none"), traced.arguments)
+    timeline = Timeline(names.graph, "tpu").variant(False, True, samples == 1)
+
+    logits = buffers(timeline, samples, 512, 1024)
+
+    lasts = timeline.ends[logits].max()
+    first_layer = buffers(timeline, samples, 512, 128)[0]
+    assert (lasts > timeline.ends[first_layer]) == waits
+
+
+@pytest.mark.parametrize(("head", "times"), [(64, 2), (32, 4), (128, 1)])
+def test_queries_and_keys_for_a_kernel_lie_in_rows_of_one_head(head, times):
+    """Such a row takes all lanes; values lie as the product has them."""
+    recipe = language(4).with_(
+        model=partial(
+            models.TransformerLM, 1024, dim=4 * head, layers=3, heads=4, loop="scan"
+        )
+    )
+    tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+    traced = trace(recipe, tokens, tokens).on(topology("v5e:2x2"))
+    names = Names(traced.gradient("none"), traced.arguments)
+    sizes = Sizes(names.graph, names)
+    alone = Assignment((1,), (0,) * len(names.groups), keep=0)
+
+    (plain, _), (tiled, _) = (sizes.bytes(alone, tiles) for tiles in (False, True))
+
+    stacks = [
+        value.index
+        for op in names.graph.main.operations
+        if op.name == "scan"
+        for value in op.outputs
+        if value.shape == (3, 4, 512, 4, head)
+    ]
+    taken = sorted(tiled[stacks] / plain[stacks])
+    assert taken == [1, *3 * [times]], "values; queries, keys and what comes out"
 
 
 def test_strided_slices_are_kernels_of_their_own_on_tpu_alone():

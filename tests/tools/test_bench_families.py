@@ -18,12 +18,12 @@ from tools.bench.families import (
     NAMES,
     Case,
     Draw,
+    apart,
     command,
     figures,
     half,
     history,
     load,
-    long,
     measuring,
     programs,
     shape,
@@ -242,20 +242,28 @@ def test_a_program_is_named_with_its_number():
     assert command.chosen(Options) == [("vit", 3), ("t5", 0), ("t5", 1)]
 
 
-def test_long_programs_are_split_by_their_number():
-    tuning = long.names("tuning", 30)
-    judging = long.names("judging", 30)
+@pytest.mark.parametrize("family", apart.FAMILIES)
+def test_programs_that_are_judged_apart_are_split_by_their_number(family):
+    tuning = apart.names(family, "tuning", 30)
+    judging = apart.names(family, "judging", 30)
     assert not set(tuning) & set(judging)
     assert {number % 2 for _, number in tuning} == {0}
     assert {number % 2 for _, number in judging} == {1}
+    assert apart.names(family, "judging", 10, first=20) == judging[20:]
+
+
+@pytest.mark.parametrize("number", range(0, 20, 4))
+@pytest.mark.parametrize("family", apart.FAMILIES)
+def test_a_program_that_is_judged_apart_is_drawn_again_as_it_was(family, number):
+    first, again = (load(family)(Draw(f"a test/{number}")) for _ in range(2))
+    assert str((first.inputs, first.fixed, first.on, _arguments(first.model))) == str(
+        (again.inputs, again.fixed, again.on, _arguments(again.model))
+    )
+    made = nnx.eval_shape(lambda: first.model(rngs=nnx.Rngs(0)))
+    assert jax.tree.leaves(nnx.state(made)), "its sizes go together"
 
 
 @pytest.mark.parametrize("number", range(0, 40, 4))
-def test_a_long_program_is_drawn_again_as_it_was_and_has_long_attention(number):
-    first, again = (long.case(Draw(f"a test/{number}")) for _ in range(2))
-    assert str((first.inputs, first.fixed, _arguments(first.model))) == str(
-        (again.inputs, again.fixed, _arguments(again.model))
-    )
-    assert first.inputs.shape[1] >= forms.LEAST_LENGTH["tpu"]
-    made = nnx.eval_shape(lambda: first.model(rngs=nnx.Rngs(0)))
-    assert jax.tree.leaves(nnx.state(made)), "its sizes go together"
+def test_a_long_program_has_long_attention(number):
+    drawn = load("long")(Draw(f"a test/{number}"))
+    assert drawn.inputs.shape[1] >= forms.LEAST_LENGTH["tpu"]

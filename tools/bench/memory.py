@@ -5,7 +5,8 @@ predicts the peak. Then XLA compiles the planned train step ahead of time: libtp
 TPUs, the CPU backend for virtual devices. XLA's peak is what it says that it holds at
 the most; on CPUs its arguments + temporaries + outputs - aliases.
 
-With --half it takes programs of `tools.bench.families` in place of the models here.
+With --half it takes programs of `tools.bench.families` in place of the models here;
+with --long or --dropless those of one family that is judged apart (`families.apart`).
 With --early XLA is stopped once it has placed its arrays: quick, but not the same where
 the chip sorts rows: 1.50 GB for 1.79 of a two-tower model on v5p:2x2x1 (libtpu 0.0.42).
 What is claimed is judged without it.
@@ -32,7 +33,7 @@ from lepton_jax.hardware import Topology, topology
 from lepton_jax.planner import ahead, trace
 from lepton_jax.train.program import Program
 from tools.bench import options as checks
-from tools.bench.families import command, figures, history, long, measuring, workers
+from tools.bench.families import apart, command, figures, history, measuring, workers
 from tools.bench.families.case import Case, shape
 from tools.bench.regret import virtual_devices
 
@@ -222,11 +223,21 @@ def add(
         help="topologies (default: %(default)s)",
     )
     command.add_options(parser, PROGRAMS)
+    for name, what in apart.FAMILIES.items():
+        parser.add_argument(
+            f"--{name}",
+            dest="apart",
+            action="store_const",
+            const=name,
+            help=f"with --half: {what}, in place of the families",
+        )
     parser.add_argument(
-        "--long",
-        action="store_true",
-        help="with --half: language models over long sequences, in place of the"
-        " families",
+        "--first",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with one of these: pass over the first N programs of its half (default:"
+        " %(default)s)",
     )
     parser.add_argument(
         "--probe",
@@ -289,7 +300,7 @@ def run_half(options: argparse.Namespace) -> dict[str, Any]:
         )
     checks.check_at_least(options, jobs=1)
     checks.check_positive(options, "limit", "minutes")
-    names = _long(options) if options.long else command.chosen(options)
+    names = _apart(options) if options.apart else command.chosen(options)
     settings = measuring.Settings(
         options.probe,
         options.early,
@@ -313,7 +324,8 @@ def run_half(options: argparse.Namespace) -> dict[str, Any]:
     print(figures.text(found))
     if command.judging(options):
         if not options.no_history:
-            file = history.LONG if options.long else history.MEMORY
+            own = options.apart and history.of_apart(options.apart)
+            file = own or history.MEMORY
             history.append(file, found, options.arguments)
         return {"figures": found, "errors": command.unnamed(rows)}
     for key in (figures.family, figures.platform):
@@ -322,16 +334,16 @@ def run_half(options: argparse.Namespace) -> dict[str, Any]:
     return {"figures": found, "programs": rows}
 
 
-def _long(options: argparse.Namespace) -> list[tuple[str, int]]:
-    """Return the names of the long programs that are asked for."""
-    checks.check_at_least(options, programs=1)
+def _apart(options: argparse.Namespace) -> list[tuple[str, int]]:
+    """Return the names of the programs of a family that is judged apart."""
+    checks.check_at_least(options, programs=1, first=0)
     if options.families is not None:
         raise SettingError(
-            "the long programs are one family",
+            f"the programs of --{options.apart} are one family",
             where="--families",
-            remedy="leave it out, or --long",
+            remedy=f"leave it out, or --{options.apart}",
         )
-    return long.names(options.half, options.programs)
+    return apart.names(options.apart, options.half, options.programs, options.first)
 
 
 def run_models(options: argparse.Namespace) -> list[dict[str, Any]]:

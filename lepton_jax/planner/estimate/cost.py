@@ -61,6 +61,7 @@ from lepton_jax.planner.estimate.reads import moved_before
 from lepton_jax.planner.estimate.rows import row_moves
 from lepton_jax.planner.estimate.sizes import Sizes
 from lepton_jax.planner.estimate.traffic import traffic
+from lepton_jax.planner.estimate.workspace import laid_out
 from lepton_jax.planner.program.around import PASSED_ON
 from lepton_jax.planner.program.graph import (
     Operation,
@@ -310,17 +311,7 @@ class Cost:
 
     def layout(self, assignment: Assignment) -> Layout:
         """Return how the assignment splits each value and operation."""
-        masks = list(assignment.masks)
-        return Layout(
-            self.graph,
-            assignment.sizes,
-            self.names.uses(masks),
-            self.names.storage(masks, assignment.keep, assignment.counts),
-            self.prefers,
-            self.names.batched,
-            assignment.micro_batches,
-            assignment.ring,
-        )
+        return laid_out(self.names, assignment, self.prefers)
 
     def _lay(self, sizes: tuple[int, ...]) -> None:
         """Lay mesh axes of these sizes on the links, for each set of axes."""

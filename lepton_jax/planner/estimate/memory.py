@@ -39,6 +39,7 @@ from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.estimate import rows
 from lepton_jax.planner.estimate.feeding import slow_loops
 from lepton_jax.planner.estimate.sizes import Sizes
+from lepton_jax.planner.estimate.workspace import laid_out, workspace_bytes
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.planner.xla import heap
@@ -312,6 +313,12 @@ def predict(
         assignment = replace(assignment, micro_batches=1)
 
     stored, computed = sizes.bytes(assignment, tpu)
+    if sizes.working:
+        layout = laid_out(names, assignment, sizes.prefers)
+        worked = workspace_bytes(layout, sizes.working, tpu)
+        for value, bytes_ in worked.items():
+            stored[value] = bytes_
+            computed[value] = bytes_
     vector = 0.0
     if tpu:
         name = topology.chip.name
@@ -319,7 +326,9 @@ def predict(
         # v5e's scheduler puts work off that others' don't (libtpu of jax 0.10).
         eager = name != "v5e"
         window = windowed(timeline, names, assignment, computed)
-        timeline = timeline.variant(window, eager)
+        pieces = _sample_parts(names, assignment) * assignment.micro_batches
+        alone = trace.recipe.batch_size <= pieces
+        timeline = timeline.variant(window, eager, alone)
     top = peak(
         timeline,
         stored,

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
 
+from lepton_jax.compat import scan_counts
 from lepton_jax.planner import assignment as assemble
 from lepton_jax.planner.assignment import Assignment
-from lepton_jax.planner.program.graph import Graph, Value
+from lepton_jax.planner.program.graph import Graph, Operation, Value
+from lepton_jax.planner.program.kernels import KERNELS
 from lepton_jax.planner.program.layout import itemsize, meets_stored
 from lepton_jax.planner.program.named import Names
+from lepton_jax.planner.program.ruled import workspace
+from lepton_jax.planner.program.rules import ELEMENTWISE
 from lepton_jax.planner.program.staged import IN_PART
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.planner.xla.figures import LANES, SUBLANES
 from lepton_jax.trees import by_path, nbytes
 
 KINDS = ("params", "optimizer", "variables")
+# Operations whose result has the rows of its operands.
+ROW_BY_ROW = {*ELEMENTWISE, "concatenate", "split"}
 
 
 class Place(IntEnum):
@@ -41,6 +48,8 @@ class Sizes:
       names: its named axes.
 
     Attributes:
+      working: operations that need arrays of their own while they run.
+      prefers: see `meets_stored`.
       row: the row of each value, by its index.
       extents: each dim of a row, (rows, dims), int, filled up with 1.
       groups: for each of these dims its number in `names.groups`, -1 for none.
@@ -49,8 +58,9 @@ class Sizes:
     def __init__(self, graph: Graph, names: Names):
         self.graph = graph
         self.names = names
+        self.working = [op for op in graph.operations() if workspace(op)]
         self._state: _State | None = None
-        prefers = meets_stored(graph)
+        self.prefers = meets_stored(graph)
         rank = max(
             (len(value.shape) for value in graph.values),
             default=0,
@@ -62,7 +72,7 @@ class Sizes:
         for value in graph.values:
             look = self._look(
                 value,
-                prefers.get(value.index),
+                self.prefers.get(value.index),
                 rank,
                 not_minor.get(value.index, frozenset()),
             )
@@ -351,7 +361,53 @@ def _never_minor(graph: Graph) -> dict[int, frozenset[int]]:
         for operand, dims in zip(values, shared, strict=True):
             if operand is not None and dims:
                 barred[operand.index] = frozenset(dims)
-    return barred
+    return barred | _around_kernels(operations)
+
+
+def _around_kernels(operations: list[Operation]) -> dict[int, frozenset[int]]:
+    """Return the same for the arrays that a kernel of attention reads and writes.
+
+    It has them in rows of one head, so heads of 64 fill half of a tile: queries and
+    keys of f32[9,59,2048,8,64] take 2.2 GB for 1.1. So have what they are computed from
+    number by number. What a product makes lies as the product has it, such as values
+    without a position (libtpu 0.0.42, v5p and v5e, `planner-memory --half tuning --long
+    --early` and `--dropless`).
+    """
+    found: dict[int, Value] = {}
+    for op in reversed(operations):
+        if op.name in KERNELS:
+            found.update((value.index, value) for value in _arrays(op))
+        elif op.name in ROW_BY_ROW and any(v.index in found for v in op.outputs):
+            rank = len(op.outputs[0].shape)
+            same = (value for value in _arrays(op) if len(value.shape) == rank)
+            found.update((value.index, value) for value in same)
+    for op in operations:
+        if op.name == "reshape":
+            found.pop(op.outputs[0].index, None)
+    for op in operations:
+        if op.name == "scan":
+            for source, target in _handed_on(op):
+                if source.index in found:
+                    found[target.index] = target
+    return {
+        index: frozenset(range(len(value.shape) - 1)) for index, value in found.items()
+    }
+
+
+def _arrays(op: Operation) -> list[Value]:
+    """List the values that an operation reads and writes."""
+    return [value for value in (*op.inputs, *op.outputs) if value is not None]
+
+
+def _handed_on(op: Operation) -> Iterator[tuple[Value, Value]]:
+    """Yield pairs of what lies as the other does: parts of arrays around a loop."""
+    consts, carried = scan_counts(op.eqn)
+    body = op.regions[0]
+    read = zip(op.inputs, body.inputs, strict=True)
+    written = zip(body.results[carried:], op.outputs[carried:], strict=True)
+    for source, target in (*list(read)[consts + carried :], *written):
+        if isinstance(source, Value):
+            yield source, target
 
 
 def tiling(

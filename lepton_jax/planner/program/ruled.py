@@ -84,6 +84,7 @@ class Choice(NamedTuple):
         of which a device gets its part.
       moves: kind, mesh axes, bytes, where, as in `layout.Move`.
       share: of the work that a device has.
+      workspace: the spec of each array that it needs while it runs.
     """
 
     inputs: dict[int, Spec]
@@ -92,13 +93,13 @@ class Choice(NamedTuple):
     scattered: tuple[Spec, ...]
     moves: tuple[tuple[str, int, float, str], ...]
     share: float
+    workspace: tuple[Spec, ...] = ()
 
 
 def join_own(graph: Any, op: Any) -> None:
     """Join the dims that have one name; add the workspace to the results."""
-    own: Own = op.params["own"]
-    workspace = [_scratch(graph, op, names) for names in own.workspace()]
-    op.outputs = [*op.outputs, *(value for value in workspace if value is not None)]
+    scratch = [_scratch(graph, op, names) for names in _workspace(op)]
+    op.outputs = [*op.outputs, *scratch]
 
     arrays = Arrays.of(op)
     first: dict[str, int] = {}
@@ -169,7 +170,15 @@ def decided(layout: Any, op: Any, specs: dict[int, Spec]) -> Choice:
         tuple(scattered),
         tuple(_merged(layout, moves)),
         1 / layout.counts[axes],
+        tuple(_spec(names, split) for names in _workspace(op)),
     )
+
+
+def workspace(op: Any) -> list[Any]:
+    """List the values of the arrays that an operation with a rule needs meanwhile."""
+    if op.name not in OWN_OPERATIONS:
+        return []
+    return op.outputs[len(op.eqn.outvars) :]
 
 
 def added_up(results: list[Any], choice: Choice, mesh: Any) -> list[Any]:
@@ -312,16 +321,26 @@ def _times(own: Own, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> int:
 # ---- internals ----
 
 
-def _scratch(graph: Any, op: Any, names: Names) -> Any:
-    """Return a value for an array that an operation needs while it runs."""
+def _extents(op: Any) -> dict[str, tuple[int, int]]:
+    """Return the extent and a node of each name of an operation's operands."""
     extents: dict[str, tuple[int, int]] = {}
     given = op.params["own"].dims()
     for value, own in zip(op.inputs, given.inputs, strict=True):
         if value is not None:
             dims = zip(value.shape, value.nodes, strict=True)
             extents.update(zip(own, dims, strict=True))
-    if not set(names) <= extents.keys():
-        return None
+    return extents
+
+
+def _workspace(op: Any) -> list[Names]:
+    """List the arrays of an operation's workspace whose dims its operands have."""
+    known = _extents(op).keys()
+    return [names for names in op.params["own"].workspace() if set(names) <= known]
+
+
+def _scratch(graph: Any, op: Any, names: Names) -> Any:
+    """Return a value for an array that an operation needs while it runs."""
+    extents = _extents(op)
     dtype = op.outputs[0].dtype
     value = graph.scratch(tuple(extents[name][0] for name in names), dtype)
     for node, name in zip(value.nodes, names, strict=True):

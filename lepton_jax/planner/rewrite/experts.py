@@ -63,11 +63,13 @@ DIMS = (
 )
 
 
-# The rows of tokens, and of hidden units, that are there at once in the backward pass:
-# gates, products, their slopes, and copies. Seen in what libtpu 0.0.42 holds: four of
-# hidden units at 1b with 8 experts on v5p:2x2x2, five at 8b with 32 on v5p:4x4x8
-# (`tools/plan.py recipes/lm.py --size 8b --experts 32 --dropless --verify`).
-WORKSPACE = ", ".join(5 * ["... chosen hidden"] + 3 * ["... chosen dim"])
+# What is there at once in the backward pass, of a device's tokens and experts: gathered
+# tokens, rows of hidden units (slopes of gate and up, and their product), and rows of
+# tokens (sorted inputs, sorted slopes once with the gates and once without, what comes
+# out of the experts, and two slopes of the inputs). Seen in what libtpu 0.0.42 holds of
+# 9 programs (`planner-memory --half tuning --dropless --early`). Where rows of hidden
+# units take more than 2 GB, XLA fuses less and holds four of them, and two of tokens.
+WORKSPACE = ", ".join(["... dim"] + 3 * ["... chosen hidden"] + 6 * ["... chosen dim"])
 
 
 @rule(DIMS, whole="dim chosen", summed="experts hidden", workspace=WORKSPACE)

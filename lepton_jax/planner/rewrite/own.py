@@ -368,16 +368,20 @@ def _backward(own: Own, platform: str, *arrays: Any) -> list[Any]:
         "result": arrays[count : count + len(plan.results)],
         "saved": arrays[count + len(plan.results) : len(arrays) - len(plan.slopes)],
     }
+    given = arrays[len(arrays) - len(plan.slopes) :]
     if plan.sources is None:
-        # XLA would merge the two runs of the forward pass, and keep what it makes
-        operands = jax.lax.optimization_barrier(operands)
+        # XLA would merge the two runs of the forward pass, and keep what it makes; and
+        # it would begin the second one before there are slopes: of three layers in
+        # straight code libtpu 0.0.42 held what all of them make (`planner-memory
+        # --half tuning --dropless`).
+        operands, _ = jax.lax.optimization_barrier((operands, given))
         _, pull = jax.vjp(function, *operands)
     else:
         shapes = jax.eval_shape(lambda *xs: jax.vjp(function, *xs)[1], *operands)
         leaves = [parts[kind][number] for kind, number in plan.sources]
         pull = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
-    slopes = iter(arrays[len(arrays) - len(plan.slopes) :])
+    slopes = iter(given)
     cotangents = []
     for number, x in enumerate(jax.eval_shape(function, *operands)):
         if number in plan.slopes:

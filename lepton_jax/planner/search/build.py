@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +22,7 @@ from lepton_jax.planner.rewrite import Stages
 from lepton_jax.planner.rewrite.own import OWN_GRADIENT
 from lepton_jax.planner.search import lengths
 from lepton_jax.planner.search.bounds import NOT_KNOWN, Bounds
+from lepton_jax.planner.search.flagged import flags_for
 from lepton_jax.planner.search.limits import CAUSES, NAMED_FLAGS
 from lepton_jax.planner.search.masks import has, sample_axes
 from lepton_jax.planner.xla import flags
@@ -88,6 +88,9 @@ def build(
     reasons = _feeding_reasons(trace, topology, assignment)
     notes = _notes(trace, names, assignment)
     notes += products.notes(trace.forms.products, topology.device)
+    chosen = verdict.flags
+    if chosen is None:
+        chosen = flags_for(topology, names, assignment)
     return Plan(
         topology=topology.name,
         objective=verdict.objective,
@@ -120,7 +123,7 @@ def build(
             **verdict.reasons,
             **reasons,
             **_offload_reasons(topology, assignment, estimate),
-            **_flag_reasons(_flags(verdict, topology)),
+            **_flag_reasons(chosen),
         },
         notes=(*verdict.notes, *notes),
         peak_least=verdict.bounds.least,
@@ -134,14 +137,8 @@ def build(
         products=trace.forms.products,
         experts=trace.forms.experts,
         context=lengths.context(names, assignment),
-        flags=_flags(verdict, topology),
+        flags=dict(chosen),
     )
-
-
-def _flags(verdict: Verdict, topology: Topology) -> dict[str, Any]:
-    if verdict.flags is not None:
-        return dict(verdict.flags)
-    return flags.chosen(topology.platform, topology.devices, os.environ)
 
 
 def _offload_reasons(

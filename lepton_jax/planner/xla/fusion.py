@@ -81,7 +81,8 @@ class Fusion:
     3. `_add_unfused` asks for each operand of a product, lookup, reduction, ...:
        `_reads`: which buffers does it read, and does it need copies or a gather first?
     4. `_add_scan` asks `_loop_reads` and `_slice_copies` what a loop copies of the
-       arrays that it slices, and `_add_loop` how its stacked results are written.
+       arrays that it slices, `are_the_same` which of its stacks are one, and
+       `_add_loop` how they are written.
 
     At the end `_finish` holds the results, and gives the buffers of the gradients.
 
@@ -723,9 +724,13 @@ class Fusion:
             if not isinstance(result, Value):
                 continue
             first = firsts.setdefault(self._original(result), stack)
-            if first is not stack and first.dtype == stack.dtype:
+            if first is not stack and self.are_the_same(first, stack):
                 self._alias(first, stack)
         return list(dict.fromkeys(self._buffers_of(stacks)))
+
+    def are_the_same(self, first: Value, second: Value) -> bool:
+        """Hook: whether two stacks of the same numbers are one array."""
+        return first.dtype == second.dtype
 
     def _loop_reads(
         self,

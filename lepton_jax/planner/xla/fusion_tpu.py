@@ -63,6 +63,11 @@ class TpuFusion(Fusion):
         computed, piece by piece in a loop (see `memory.windowed`).
       eager: whether the head's gradient doesn't wait for the others, and copies of the
         optimizer's state are made at the start.
+      alone: whether each device has one sample. Then what the loss looks up in the
+        logits waits for the end, and so does the head's gradient: of f32[1,8192,24576]
+        libtpu 0.0.42 (v5p, v6e) keeps all through the backward pass, of two samples
+        nothing (`planner-memory --half tuning --dropless`, program 58; `--long`,
+        program 94).
     """
 
     keeps_dots = False
@@ -72,9 +77,13 @@ class TpuFusion(Fusion):
         graph: Graph,
         windowed: bool = False,
         eager: bool = False,
+        alone: bool = False,
     ):
         self.windowed = windowed
         self.eager = eager
+        self.alone = alone
+        # Groups that wait for the end.
+        self.waiting: list[Group] = []
         # The group of the product that a value stems from.
         self.products: dict[int, Group] = {}
         # The product, and its buffer, that only this value needs.
@@ -109,6 +118,7 @@ class TpuFusion(Fusion):
         return groups
 
     def _finish(self, region: Region) -> list[int]:
+        self.groups += self.waiting
         self.in_hbm += self.tables.values()
         tables = self.tables.values()
         if self.eager:
@@ -136,6 +146,16 @@ class TpuFusion(Fusion):
         users = self.users_of(source)
         if source.index in self.only and len(users) == 1:
             self.only[target.index] = self.only[source.index]
+
+    def are_the_same(self, first: Value, second: Value) -> bool:
+        """Whether two stacks of the same numbers lie in the same tiles.
+
+        What comes out of attention is kept twice, as heads and as one row a token: of
+        bf16[8,425,512,2,128] and bf16[8,425,512,256] libtpu 0.0.42 keeps both
+        (`planner-memory --half tuning --dropless`, program 8).
+        """
+        same = super().are_the_same(first, second)
+        return same and _lanes(first) == _lanes(second)
 
     # ---- operations that fuse ----
 
@@ -376,6 +396,16 @@ class TpuFusion(Fusion):
         super()._add_unfused(op, inputs, groups)
         if op.name in DOTS:
             self._note_product(op, inputs, groups)
+        if self.alone and self.depth == 1:
+            self._wait(op, inputs, groups)
+
+    def _wait(self, op: Operation, inputs: list[Value], groups: list[Group]) -> None:
+        """Let a lookup in logits wait, and the gradient of the head that made them."""
+        is_lookup = _looks_up_numbers(op) and inputs[0].stored is None
+        is_head = len(self.waiting) == 1 and _is_kernels_gradient(op)
+        if is_lookup or is_head:
+            self.waiting.append(groups.pop())
+            self.last = min(self.last, len(groups))
 
     def _note_product(
         self,
@@ -577,6 +607,21 @@ class TpuFusion(Fusion):
         groups.append(Group(reads, (gradient,)))
         self.taken.append(gradient)
         self.in_hbm.append(gradient)
+
+
+def _looks_up_numbers(op: Operation) -> bool:
+    return op.name == "gather" and set(op.params["slice_sizes"]) == {1}
+
+
+def _is_kernels_gradient(op: Operation) -> bool:
+    target = op.outputs[0]
+    return op.name in DOTS and target.stored is not None and len(target.shape) > 1
+
+
+def _lanes(value: Value) -> int:
+    """Return the extent of the last dim, dims of one left out."""
+    wide = [extent for extent in value.shape if extent > 1]
+    return wide[-1] if wide else 1
 
 
 def _attends(products: list[Operation]) -> bool:

@@ -49,7 +49,7 @@ class Timeline:
     Args:
       graph: the graph of loss and gradients.
       platform: "cpu", "tpu" or "gpu".
-      windowed, eager: see `TpuFusion`.
+      windowed, eager, alone: see `TpuFusion`.
 
     Attributes of the buffers, each an array over the buffers:
       values: index of the value behind it.
@@ -83,15 +83,17 @@ class Timeline:
         platform: str,
         windowed: bool = False,
         eager: bool = False,
+        alone: bool = False,
     ):
         self.graph = graph
         self.platform = platform
-        self._variants: dict[tuple[bool, bool], Timeline] = {(windowed, eager): self}
+        key = (windowed, eager, alone)
+        self._variants: dict[tuple[bool, ...], Timeline] = {key: self}
 
         order: Order = list
         fusion: Fusion
         if platform == "tpu":
-            fusion = TpuFusion(graph, windowed, eager)
+            fusion = TpuFusion(graph, windowed, eager, alone)
             order = _put_off if windowed else list
         elif platform == "cpu":
             fusion = CpuFusion(graph)
@@ -115,9 +117,10 @@ class Timeline:
         self,
         windowed: bool,
         eager: bool,
+        alone: bool = False,
     ) -> Timeline:
         """Return the timeline of the same program in another order."""
-        key = (windowed, eager)
+        key = (windowed, eager, alone)
         if key not in self._variants:
             self._variants[key] = Timeline(
                 self.graph,

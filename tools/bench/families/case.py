@@ -25,6 +25,7 @@ class Case:
       inputs, targets: shapes of one sample.
       fixed: arguments of the planner, e.g. remat.
       most: the greatest sensible batch; None: any.
+      unit: the batch is a multiple of it.
       ids: integers among inputs and targets may be 0 to ids - 1, where they must have
         values.
       on: topologies to draw from; empty: the usual ones.
@@ -40,6 +41,7 @@ class Case:
     fixed: dict[str, Any] = field(default_factory=dict)
     clip_norm: float | None = None
     most: int | None = None
+    unit: int = 1
     ids: int = 2
     on: tuple[str, ...] = ()
 

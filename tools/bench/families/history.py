@@ -14,9 +14,13 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parents[3] / "benchmarks"
 MEMORY = FOLDER / "judged-memory.jsonl"
-LONG = FOLDER / "judged-memory-long.jsonl"
 TIME = FOLDER / "judged-time.jsonl"
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
+
+
+def of_apart(family: str) -> Path:
+    """Return the history of the memory of a family that is judged apart."""
+    return MEMORY.with_stem(f"{MEMORY.stem}-{family}")
 
 
 def append(

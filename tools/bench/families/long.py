@@ -1,7 +1,7 @@
 """Language models over long sequences on TPUs, whose attention is one operation.
 
 They are judged apart (`planner-memory --long`): the other families were split before
-there was such an operation. Programs with an even number tune, the others judge.
+there was such an operation.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ import lepton_jax as lepton
 from lepton_jax import models
 from tools.bench.families.case import Case, shape
 from tools.bench.families.draw import Draw
-from tools.bench.families.split import HALVES
 
-NAME = "long"
 TOPOLOGIES = (
     "v5e:2x2",
     "v5e:4x4",
@@ -44,12 +42,6 @@ MIXTURES = 0.15
 DECODERS = 0.3
 CLIPPED = 0.5
 PINNED = 0.2
-
-
-def names(half: str, count: int) -> list[tuple[str, int]]:
-    """Return the names of a half's programs."""
-    first = HALVES.index(half)
-    return [(NAME, 2 * number + first) for number in range(count)]
 
 
 def case(draw: Draw) -> Case:

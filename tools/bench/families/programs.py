@@ -111,6 +111,7 @@ def draw(family: str, number: int) -> Drawn:
     )
     if case.most is not None:
         batch_size = min(batch_size, case.most)
+    batch_size = max(1, round(batch_size / case.unit)) * case.unit
     return Drawn(
         family,
         number,
