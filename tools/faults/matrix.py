@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -39,11 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", cells.DEVICES)
     rows = matrix(options)
     kept = sum(row["kept"] for row in rows)
-    print(f"{kept} of {len(rows)} as they should be")
+    left = len(options.form) * len(options.event) - len(rows)
+    print(f"{kept} of {len(rows)} as they should be, {left} not run")
     if options.json is not None:
         # some of the benchmarks ask JAX for its devices when they are imported
         from tools.bench.cli import surroundings
@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
             **surroundings([]),
             "command": f"python -m tools.faults.matrix {' '.join(arguments)}",
             "kept": kept,
+            "not_run": left,
             "cells": rows,
         }
         options.json.write_text(json.dumps(record, indent=1) + "\n")
@@ -67,14 +68,15 @@ def matrix(options: argparse.Namespace) -> list[dict[str, Any]]:
         for row in map(json.loads, results.read_text().splitlines()):
             done[row["form"], row["event"]] = row
 
-    asked = [(form, event) for form in options.form for event in options.event]
+    until = time.monotonic() + 60 * options.minutes
+    asked = [(form, event) for event in options.event for form in options.form]
     for form, event in asked:
-        if (form, event) not in done:
+        if (form, event) not in done and time.monotonic() < until:
             row = _cell(form, event, options.folder / form)
             done[form, event] = row
             with results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-    return [done[cell] for cell in asked]
+    return [done[cell] for cell in asked if cell in done]
 
 
 # ---- internals ----
@@ -112,6 +114,13 @@ def _parser() -> Parser:
     add("--form", nargs="+", metavar="FORM", default=forms, help=", ".join(forms))
     add("--event", nargs="+", metavar="EVENT", default=events, help=", ".join(events))
     add(
+        "--minutes",
+        type=float,
+        metavar="N",
+        default=math.inf,
+        help="begin no cell after this many; the next call does (default: all)",
+    )
+    add(
         "--folder",
         type=Path,
         metavar="DIR",
@@ -139,4 +148,6 @@ def _check(option: str, names: list[str], known: Any) -> None:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", cells.DEVICES)
     sys.exit(main())
