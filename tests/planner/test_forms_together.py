@@ -163,10 +163,12 @@ def planned(names):
 
 
 def fit_together(names):
-    """Whether no two forms are of one kind."""
+    """Whether no two forms are of one kind, and none is an error with another."""
     parts = [PARTS[name] for name in names]
     said = [key for part in parts for key, _ in (*part.recipe, *part.asked)]
     axes = [part.axis for part in parts if part.axis]
+    if {"stage", "sequence"} <= set(axes):
+        return False
     return len(said) == len(set(said)) and len(axes) == len(set(axes))
 
 
@@ -185,11 +187,12 @@ def check(names):
     np.testing.assert_allclose(found, expected(recipe, plan), rtol=bound)
 
 
-def test_a_pipeline_of_experts_and_eight_bits_trains_as_one_device_does():
-    check(("stages", "experts", "fp8"))
+@pytest.mark.parametrize("names", ["ring kept", "stages experts fp8"])
+def test_these_forms_together_train_as_one_device_does(names):
+    check(tuple(names.split()))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.sampled_from(TOGETHER))
 def test_forms_together_train_as_one_device_does(names):
     check(names)
