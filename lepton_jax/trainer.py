@@ -53,7 +53,7 @@ from lepton_jax.hosts import agreement, phase
 from lepton_jax.hosts.mailbox import Mailbox
 from lepton_jax.monitor import Monitor, SampleTrace, Sink, plain, write_report
 from lepton_jax.monitor.energy import EnergyMeter
-from lepton_jax.planner import Plan, Trace, ahead, plan, trace
+from lepton_jax.planner import Plan, Trace, ahead, plan, resized, trace
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.module import is_linen
 from lepton_jax.step.optimizers import parts_of
@@ -125,6 +125,8 @@ class Trainer:
       source: where the recipe came from (file and settings), kept in the run folder.
       plan: a plan, or the file of one, to follow instead of searching: what
         `Trainer.plan` gave, perhaps with pins.
+      resize_plan: where there are other devices than `plan` is for, whether to search
+        for one with the same axes and forms; else that is an error.
       trace_samples: write into the run folder which samples each step was made of
         (`samples.jsonl`).
       local_dir: a folder on each host's own disk (or in its memory) for fast
@@ -143,6 +145,7 @@ class Trainer:
         sinks: Sequence[Sink] = (),
         source: dict[str, Any] | None = None,
         plan: Plan | str | Path | None = None,
+        resize_plan: bool = False,
         trace_samples: bool = False,
         local_dir: str | Path | None = None,
         local_every: float = 60.0,
@@ -166,6 +169,7 @@ class Trainer:
         self._sinks = () if agreement.host() else tuple(sinks)
         self._source = source or {}
         self._given_plan = _loaded(plan)
+        self._resizes_plan = resize_plan
         self._trace_samples = trace_samples
         self._opened: Path | None = None  # the folder that was loaded last
         self._local: LocalCheckpoints = NoLocalCheckpoints()
@@ -1267,7 +1271,7 @@ class Trainer:
                 traced = self._tracing(shapes, samples)
                 chosen = self._planned(traced)
             devices: Any = self._devices
-            if self._given_plan is None:
+            if self._given_plan is None or self._resizes():
                 devices = ahead.mesh_devices(
                     self.topology,
                     chosen.mesh,
@@ -1284,16 +1288,36 @@ class Trainer:
         if self._given_plan is not None:
             self._given_plan.check(traced)
         if agreement.hosts() == 1:
-            return self._given_plan or plan(traced, self.topology)
-
-        def say() -> str:
-            chosen = self._given_plan or plan(traced, self.topology)
-            return chosen.to_json()
-
-        chosen = Plan.from_json(agreement.first(say))
+            return self._own_plan(traced)
+        chosen = Plan.from_json(
+            agreement.first(lambda: self._own_plan(traced).to_json())
+        )
         if agreement.host():
             chosen.check(traced)
         return chosen
+
+    def _own_plan(self, traced: Trace) -> Plan:
+        """Return the plan that was given, or else the best one for these devices."""
+        given = self._given_plan
+        if given is None:
+            return plan(traced, self.topology)
+        if not self._resizes():
+            return given
+        fitting = resized(given, traced, self.topology)
+        mesh = ", ".join(f"{name}={size}" for name, size in fitting.mesh.items())
+        self._note(
+            f"the plan that was given is for {given.devices} devices, and there are"
+            f" {self.topology.devices}: they follow another one, {fitting.name} over"
+            f" {mesh}, remat {fitting.remat}"
+        )
+        return fitting
+
+    def _resizes(self) -> bool:
+        """Whether a plan was given for another number of devices, and may change."""
+        given = self._given_plan
+        if given is None or not self._resizes_plan:
+            return False
+        return given.devices != self.topology.devices
 
     def _state(self, program: Program) -> State:
         if self.state is None:

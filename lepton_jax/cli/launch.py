@@ -294,6 +294,7 @@ def _cluster(
         hosts=assignment.hosts,
         host_id=assignment.host_id,
         coordinator=assignment.coordinator,
+        missing=cluster.hosts - assignment.hosts,
     )
 
 
@@ -361,8 +362,9 @@ def _work(
 
     def work() -> dict[str, Any]:
         if folds.wanted(order.function, order.chosen):
-            return _train_folds(order)
-        return _train(order, settings.call(order.function, order.chosen))
+            return _train_folds(order, cluster)
+        recipe = settings.call(order.function, order.chosen)
+        return _train(order, recipe, cluster)
 
     with serve.serving(
         place,
@@ -375,7 +377,7 @@ def _work(
     return summary
 
 
-def _train(order: _Order, recipe: Recipe) -> dict[str, Any]:
+def _train(order: _Order, recipe: Recipe, cluster: Cluster) -> dict[str, Any]:
     options = order.options
     folder = order.folder
     # so that a restart need not compile again
@@ -386,7 +388,7 @@ def _train(order: _Order, recipe: Recipe) -> dict[str, Any]:
         sinks=_sinks(order, folder),
         source=_source(order, order.chosen),
         local_dir=options.local_dir,
-        **_trainer_options(options),
+        **_trainer_options(options, cluster),
     )
     watchdog.measure(_device_memory)
     if options.resume is not None:
@@ -397,7 +399,7 @@ def _train(order: _Order, recipe: Recipe) -> dict[str, Any]:
     return _summary(trainer, history, folder)
 
 
-def _train_folds(order: _Order) -> dict[str, Any]:
+def _train_folds(order: _Order, cluster: Cluster) -> dict[str, Any]:
     """Train all folds, one after the other; a fold that is finished stays as it is."""
     options = order.options
     folder = order.folder
@@ -421,7 +423,7 @@ def _train_folds(order: _Order) -> dict[str, Any]:
         baseline_seconds=options.baseline_seconds,
         sinks=lambda place: _sinks(order, place or folder),
         source=lambda fold: _source(order, chosen(fold)),
-        trainer=_trainer_options(options),
+        trainer=_trainer_options(options, cluster),
     )
     if agreement.host() == 0:
         print(done, file=sys.stderr)
@@ -449,11 +451,12 @@ def _sinks(order: _Order, folder: Path) -> list[Any]:
     return sinks
 
 
-def _trainer_options(options: argparse.Namespace) -> dict[str, Any]:
+def _trainer_options(options: argparse.Namespace, cluster: Cluster) -> dict[str, Any]:
     """Return the options that go to a `Trainer` as they are."""
     return {
         "devices": None if coordination() else options.devices,
         "plan": options.plan,
+        "resize_plan": cluster.missing > 0,
         "trace_samples": options.trace_samples,
         "local_every": options.local_every,
     }

@@ -38,6 +38,7 @@ class Cluster:
       devices: number of devices that each host uses; None: all that it sees.
       visible: the machine's GPUs that this host takes, where several hosts share them;
         None: all.
+      missing: number of hosts that were lost, and that this attempt goes on without.
     """
 
     source: str
@@ -47,6 +48,7 @@ class Cluster:
     coordinator: str | None = None
     devices: int | None = None
     visible: tuple[int, ...] | None = None
+    missing: int = 0
 
     def __str__(self) -> str:
         """Return the line that a launch prints first."""

@@ -17,6 +17,7 @@ from lepton_jax.planner.program.evaluation import (
 from lepton_jax.planner.program.ranges import limits
 from lepton_jax.planner.program.remat import rematerialized
 from lepton_jax.planner.program.trace import Trace, trace
+from lepton_jax.planner.resized_plans import resized
 from lepton_jax.planner.rewrite.rule import rule
 from lepton_jax.planner.show.html import html
 from lepton_jax.planner.show.text import text
@@ -35,6 +36,7 @@ __all__ = [
     "nan_rows",
     "plan",
     "rematerialized",
+    "resized",
     "rewrite",
     "rule",
     "trace",

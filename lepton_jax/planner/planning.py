@@ -110,6 +110,7 @@ def candidates(
         problem, ranked = _best(trace, topology, request, patience)
         if not ranked[0].may_fit:
             raise advice.does_not_fit(problem, ranked, limits.DOUBLINGS)
+        lengths.check_asked(problem, ranked[0])
         return [_plan(problem, chosen, ranked) for chosen in ranked[:count]]
 
 

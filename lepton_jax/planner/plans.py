@@ -307,6 +307,11 @@ class Plan:
         )
 
     @property
+    def devices(self) -> int:
+        """Number of devices that the plan is for."""
+        return math.prod(self.mesh.values())
+
+    @property
     def step_seconds(self) -> float:
         """Predicted seconds of a step."""
         return sum(self.seconds.values())
@@ -330,7 +335,7 @@ class Plan:
           PlanError: their number isn't the plan's.
         """
         count = devices.size if hasattr(devices, "size") else len(devices)
-        planned = math.prod(self.mesh.values())
+        planned = self.devices
         if count != planned:
             raise PlanError(
                 f"the plan is for {planned} devices, {count} are given",
@@ -447,7 +452,7 @@ class Plan:
                     " anew"
                 ),
             )
-        check_effects(trace, math.prod(self.mesh.values()))
+        check_effects(trace, self.devices)
 
     def _check_products(self, trace: Trace, where: object) -> None:
         """Check that large kernels are multiplied as the recipe asks."""

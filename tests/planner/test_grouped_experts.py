@@ -76,6 +76,33 @@ def with_gradients(function, x, choices, *rest):
     return jax.tree.leaves(jax.jit(jax.value_and_grad(loss, every))(x, *rest))
 
 
+def in_mixture(*arrays):
+    """Return what a plan's own operation for experts computes."""
+    numbers = jnp.arange(arrays[3].shape[0])
+    return experts.mixture.__wrapped__(*arrays, numbers, platform="")
+
+
+@pytest.mark.parametrize("function", (moe.chosen_experts, in_mixture))
+def test_bfloat16_of_experts_is_as_exact_as_the_formulas(function):
+    given = [
+        x if x.dtype == jnp.int32 else x.astype(jnp.bfloat16)
+        for x in arrays((6, 8), count=4)
+    ]
+    wide = [x if x.dtype == jnp.int32 else x.astype(jnp.float32) for x in given]
+
+    triples = zip(
+        with_gradients(token_by_token, *wide),
+        with_gradients(token_by_token, *given),
+        with_gradients(function, *given),
+        strict=True,
+    )
+    for exact, formula, found in triples:
+        assert found.dtype == jnp.bfloat16
+        rounding = jnp.sqrt(jnp.mean((formula - exact) ** 2))
+        # as many roundings, in another order
+        assert jnp.sqrt(jnp.mean((found - exact) ** 2)) <= 1.25 * rounding
+
+
 @pytest.mark.parametrize("tokens", ((3, 5), (1,)))
 def test_experts_compute_what_a_formula_for_each_token_does(tokens):
     given = arrays(tokens)

@@ -21,7 +21,9 @@ from lepton_jax.errors import LeptonError, SettingError
 from tools.bench.cli import surroundings
 from tools.faults import network
 from tools.faults.ending import Ending
+from tools.faults.forms import FORMS
 from tools.faults.kinds import Fault, draw, kinds
+from tools.faults.promises import ROUNDING
 from tools.faults.trial import Trial, reference
 
 # Of the times to the next step; "worst" is the largest.
@@ -65,7 +67,7 @@ def campaign(options: argparse.Namespace) -> list[dict[str, Any]]:
     options.folder.mkdir(parents=True, exist_ok=True)
     results = options.folder / f"seed{options.seed}.jsonl"
     done = _read_results(results)
-    expected = reference(options.folder, options.hosts, options.devices)
+    expected = reference(options.folder, options.hosts, options.devices, _form(options))
 
     for number in range(options.count):
         if number in done:
@@ -146,7 +148,9 @@ def _tried(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     folder = options.folder / f"seed{options.seed}-{number}"
-    trial = Trial(folder, options.hosts, options.devices, fault)
+    form = _form(options)
+    rounding = FORMS[options.form].rounding if options.form else ROUNDING
+    trial = Trial(folder, options.hosts, options.devices, fault, form, rounding)
     row = {"number": number, **trial.run(expected)}
 
     verdict = "as promised"
@@ -161,6 +165,14 @@ def _tried(
     if row["kept"] and not options.keep:
         shutil.rmtree(folder)
     return row
+
+
+def _form(options: argparse.Namespace) -> list[str]:
+    """Return the options of the form that the runs have."""
+    if options.form is None:
+        return []
+    devices = options.hosts * options.devices
+    return FORMS[options.form].options(options.folder, devices)
 
 
 def _parser() -> Parser:
@@ -201,12 +213,21 @@ def _parser() -> Parser:
     )
     add("--only", nargs="+", metavar="KIND", help=f"of {', '.join(kinds(4))}")
     add(
+        "--form",
+        choices=list(FORMS),
+        help=(
+            "train a Transformer in this form of a step, by a plan for all devices"
+            " (default: two layers, and the planner's plan)"
+        ),
+    )
+    add(
         "--folder",
         type=Path,
         metavar="DIR",
         default=Path(tempfile.gettempdir()) / "lepton-faults",
         help=(
-            "for the runs; trials that are done are not repeated (default: %(default)s)"
+            "for the runs, of one form; trials that are done are not repeated (default:"
+            " %(default)s)"
         ),
     )
     add(

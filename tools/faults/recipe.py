@@ -18,19 +18,22 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import optax
 from flax import nnx
 
-from lepton_jax import Recipe, losses, metrics, models
+from lepton_jax import Recipe, controllers, losses, metrics, models
 from lepton_jax.data import Source, mix, sequential
 from lepton_jax.hosts import phase
 from lepton_jax.launch.supervise import watchdog
+from lepton_jax.step import optimizers
 
 TOKENS = 64  # different ones
-LENGTH = 16  # of a sample
+LENGTH = 16  # of a sample, where no setting says otherwise
+TEST_TOKENS = 96 * LENGTH
+HEADS = 4  # of attention
 STALL_SECONDS = 3600  # longer than any limit
 CUT_SECONDS = 5  # in which the campaign must have cut a link
 POLL = 0.005  # seconds between two looks for that
@@ -53,21 +56,31 @@ def recipe(
     steps: int = 60,
     batch_size: int = 24,
     layers: int = 0,
+    width: int = 32,
+    length: int = LENGTH,
+    experts: int = 0,
+    precision: str = "float32",
+    optimizer: Literal["adam", "muon"] = "adam",
+    learning_rate: float = 0.01,
+    steered: bool = False,
 ) -> Recipe:
     """A tiny next-token model on documents.
 
     There are three sources, of which one is filtered; they are mixed 5:3:2 and packed
-    to 16 tokens.
+    to samples of one length.
 
     Args:
       steps: length of the run.
       batch_size: samples of a step.
       layers: of a Transformer, in a loop; 0: the model has no such layers.
+      width: of a layer; half of its feed-forward's.
+      length: of a sample, in tokens.
+      experts: of each layer, none of which drops a token; 0: layers have none.
+      precision: as in `Recipe`.
+      optimizer: Adam for all, or Muon for the kernels of the layers.
+      learning_rate: of the optimizer.
+      steered: let `controllers.adaptive` and `controllers.guard` steer the run.
     """
-    model: Any = NextToken
-    if layers:
-        sizes = {"dim": 32, "layers": layers, "heads": 4, "hidden": 64, "loop": "scan"}
-        model = partial(models.TransformerLM, TOKENS, **sizes)
     rng = np.random.default_rng(7)
     sources = {
         "a": _documents(rng, 150),
@@ -75,14 +88,15 @@ def recipe(
         "c": _documents(rng, 70),
     }
     sources["b"] = sources["b"].filter(lambda tokens: len(tokens) % 3 != 0)
-    train = mix(sources, weights={"a": 5, "b": 3, "c": 2}).pack(LENGTH)
-    inputs = rng.integers(0, TOKENS, size=(96, LENGTH)).astype(np.int32)
-    targets = rng.integers(0, TOKENS, size=(96, LENGTH)).astype(np.int32)
+    train = mix(sources, weights={"a": 5, "b": 3, "c": 2}).pack(length)
+    test = (TEST_TOKENS // length, length)
+    inputs = rng.integers(0, TOKENS, size=test).astype(np.int32)
+    targets = rng.integers(0, TOKENS, size=test).astype(np.int32)
     return Recipe(
-        model=model,
+        model=_model(layers, width, experts),
         loss=LOSS,
-        optimizer=optax.adam,
-        learning_rate=0.01,
+        optimizer=_optimizer(optimizer),
+        learning_rate=learning_rate,
         train=train,
         test=(inputs, targets),
         batch_size=batch_size,
@@ -94,8 +108,27 @@ def recipe(
         shuffle=True,
         seed=3,
         metrics={"accuracy": metrics.accuracy},
+        precision=precision,
+        controller=(controllers.adaptive(), controllers.guard()) if steered else (),
         name="faults",
     )
+
+
+def _model(layers: int, width: int, experts: int) -> Any:
+    if not layers:
+        return NextToken
+    sizes = {"dim": width, "layers": layers, "heads": HEADS, "hidden": 2 * width}
+    if experts:
+        sizes |= {"experts": experts, "capacity": None}
+    kind = models.MoELM if experts else models.TransformerLM
+    return partial(kind, TOKENS, loop="scan", **sizes)
+
+
+def _optimizer(name: str) -> Any:
+    if name == "adam":
+        return optax.adam
+    muon = partial(optimizers.muon, consistent_rms=0.2)
+    return optimizers.by_part({"blocks/*/kernel": muon}, default=optax.adam)
 
 
 def _documents(

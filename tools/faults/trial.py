@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lepton_jax.errors import LeptonError
 from tools.faults.ending import Ending, look, processes_with
 from tools.faults.kinds import Fault
 from tools.faults.network import Loopback, Network
-from tools.faults.promises import PROMISES, STOP_SECONDS
+from tools.faults.promises import PROMISES, ROUNDING, STOP_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "tools" / "launch.py"
@@ -54,6 +55,7 @@ class Processes:
       folder: of the trial; the run's is `run` in it.
       hosts, devices: processes, and virtual devices of each.
       fault: of the trial.
+      options: of the command line, of this and every other trial of the campaign.
       faulty: whether the fault comes true in this run.
     """
 
@@ -63,13 +65,14 @@ class Processes:
         hosts: int,
         devices: int,
         fault: Fault,
+        options: Sequence[str] = (),
         faulty: bool = True,
     ):
         self.folder = folder
         self.hosts = hosts
         self.fault = fault
         self.environment = _environment(folder, faulty)
-        self.command = _command(folder, devices, fault)
+        self.command = [*_command(folder, devices, fault), *options]
         self.log = (folder / "log.txt").open("ab")
         self.began = time.time()
         self.processes: dict[int, subprocess.Popen] = {}
@@ -206,8 +209,16 @@ def _command(
 class Trial:
     """One fault in one run, in a folder of its own.
 
+    Args:
+      folder: for it; what is there is removed.
+      hosts, devices: processes, and virtual devices of each.
+      fault: what happens.
+      options: further ones of the command line.
+      rounding: relative difference of losses on fewer devices.
+
     Attributes:
       restarts: after `run`: (host, cause) of each failure that was noticed.
+      last: how the last of its runs ended.
     """
 
     def __init__(
@@ -216,12 +227,17 @@ class Trial:
         hosts: int,
         devices: int,
         fault: Fault,
+        options: Sequence[str] = (),
+        rounding: float = ROUNDING,
     ):
         self.folder = folder
         self.hosts = hosts
         self.devices = devices
         self.fault = fault
+        self.options = options
+        self.rounding = rounding
         self.restarts: list[tuple[int, str]] = []
+        self.last: Ending | None = None
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         (folder / "faults.json").write_text(json.dumps(fault.stages))
@@ -230,11 +246,12 @@ class Trial:
         """Run it and judge it; return a row of the campaign's results."""
         began = time.monotonic()
         bound = BOUND * max(1, len(self.fault.stages) / 2)
-        run = Processes(self.folder, self.hosts, self.devices, self.fault)
+        run = Processes(self.folder, self.hosts, self.devices, self.fault, self.options)
         try:
             first = look(self.folder, run.wait(bound))
         finally:
             run.close()
+        self.last = first
 
         wrong = self._judge(first, reference) or run.network.wrong()
         if wrong is None and not re.search(self.fault.says, first.log):
@@ -258,12 +275,14 @@ class Trial:
             self.hosts,
             self.devices,
             harmless,
+            self.options,
             faulty=False,
         )
         try:
-            return look(self.folder, run.wait(BOUND))
+            self.last = look(self.folder, run.wait(BOUND))
         finally:
             run.close()
+        return self.last
 
     @property
     def fired(self) -> list[float]:
@@ -299,8 +318,15 @@ def reference(
     folder: Path,
     hosts: int,
     devices: int,
+    options: Sequence[str] = (),
 ) -> Ending:
     """Return how an undisturbed run ends; it is made once for a campaign.
+
+    Args:
+      folder: of the campaign.
+      hosts: processes of a run.
+      devices: virtual ones of each.
+      options: further ones of the command line.
 
     Raises:
       LeptonError: it fails by itself.
@@ -310,7 +336,7 @@ def reference(
         shutil.rmtree(trial, ignore_errors=True)
         trial.mkdir(parents=True)
         (trial / "faults.json").write_text("[]")
-        run = Processes(trial, hosts, devices, Fault("none", "unharmed"))
+        run = Processes(trial, hosts, devices, Fault("none", "unharmed"), options)
         try:
             codes = run.wait(2 * BOUND)
         finally:

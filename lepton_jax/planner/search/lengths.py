@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+from lepton_jax.errors import PlanError
 from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.plans import CONTEXTS
 from lepton_jax.planner.program import around
@@ -16,6 +17,7 @@ from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.rewrite.ring import halved
 from lepton_jax.planner.search.masks import split_length
 from lepton_jax.planner.search.problem import Candidate, Problem
+from lepton_jax.planner.search.roles import sequence_axes
 
 ALL_TO_ALL, RING = CONTEXTS
 
@@ -67,6 +69,32 @@ def reasons(
         seconds = problem.cost(assignment.remat).estimate(other).total
         why = f"with {context(names, other)} a step would take {spelled(seconds)}"
     return {f"context {context(names, assignment)}": f"{what}; {why}"}
+
+
+def check_asked(problem: Problem, chosen: Candidate) -> None:
+    """Check that attention can meet a split sequence in the way that was asked for.
+
+    Raises:
+      PlanError: it can't, since no kernel computes it, or a pipeline does.
+    """
+    assignment = chosen.assignment
+    names = problem.names(assignment.remat)
+    asked = problem.pins.context
+    mesh = dict(zip(problem.pins.axes, assignment.sizes, strict=False))
+    if asked is None or not sequence_axes(mesh):
+        return
+    if _way(names, assignment) is not None:
+        return
+    why = "no kernel computes it here, and each device gathers the sequence"
+    remedy = "leave out context, or train on longer samples, which a kernel computes"
+    if problem.trace.forms.stages.count > 1:
+        why = "in a pipeline each device gathers the sequence for it"
+        remedy = "leave out context, or the stages"
+    raise PlanError(
+        f"context {asked!r} is asked for, and attention can't be computed so: {why}",
+        where=f"plan for {problem.topology.name}",
+        remedy=remedy,
+    )
 
 
 # ---- internals ----

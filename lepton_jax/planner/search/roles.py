@@ -291,6 +291,16 @@ def stage_axes(mesh: Mapping[str, int]) -> list[str]:
     return [axis for axis in mesh if _word(axis) == "stage"]
 
 
+def sequence_axes(mesh: Mapping[str, int]) -> list[str]:
+    """Return the axes of a mesh that split a sequence, by their names."""
+    return [axis for axis in mesh if _word(axis) == "sequence" and mesh[axis] > 1]
+
+
+def sample_axes(mesh: Mapping[str, int]) -> list[str]:
+    """Return the axes of a mesh that are called after samples."""
+    return [axis for axis in mesh if _samples(_word(axis) or "")]
+
+
 def _samples(word: str) -> bool:
     return word in ("data", "fsdp")
 
