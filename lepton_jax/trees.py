@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,6 +28,12 @@ def by_path(
     """Return the leaves of a pytree under their paths, in the order of the tree."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {path_of(path): leaf for path, leaf in leaves}
+
+
+def with_leaves(tree: Any, leaves: Sequence[Any]) -> Any:
+    """Return a pytree of the structure of another, with leaves of its own."""
+    structure = jax.tree.structure(tree)
+    return jax.tree.unflatten(structure, leaves)
 
 
 def matches(path: str, pattern: str) -> bool:

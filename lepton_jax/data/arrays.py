@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lepton_jax.errors import DataError
+from lepton_jax.errors import DataError, first_line
 
 Pair = tuple[Any, Any]  # (inputs, targets): arrays, or dicts of them
 
@@ -456,7 +456,7 @@ def _holds_numbers(dtype: np.dtype) -> bool:
 
 def _first_line(error: Exception) -> str:
     name = type(error).__name__
-    message = str(error).strip().partition("\n")[0]
+    message = first_line(error)
     return f"{name}: {message}" if message else name
 
 

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lepton_jax.models.dropping import dropout_layer
+
 KERNEL = (
     7  # side of the convolutions of one channel each (Liu et al. 2022, section 2.5)
 )
@@ -104,7 +106,7 @@ class ConvNeXt(nnx.Module):
         self.norms = nnx.List(norms)
         self.stages = nnx.List([nnx.List(stage) for stage in stages])
         self.norm = nnx.LayerNorm(channels, epsilon=EPSILON, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.dropout = dropout_layer(dropout, rngs)
         self.out = nnx.Linear(channels, classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lepton_jax.models.dropping import dropout_layer
 from lepton_jax.models.gan import drawn_classes, enlarged, folded
 
 LONGEST_PERIOD = 10_000.0  # of the codes of time; Vaswani et al. 2017, section 3.5
@@ -54,7 +55,7 @@ class Block(nnx.Module):
             rngs=rngs,
         )
         self.time = nnx.Linear(time, 2 * outputs, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.dropout = dropout_layer(dropout, rngs)
         self.way_round = (
             nnx.Conv(inputs, outputs, (1, 1), rngs=rngs) if inputs != outputs else None
         )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lepton_jax.models.dropping import dropout_layer
 from lepton_jax.models.mlp import MLP
 
 # Score of what is no candidate. It is finite, so that a loss of it is too.
@@ -128,7 +129,7 @@ class Retrieval(nnx.Module):
         widths = (dim, *hidden, dim)
         self.user_tower = MLP(widths, dropout=dropout, rngs=rngs) if hidden else None
         self.item_tower = MLP(widths, dropout=dropout, rngs=rngs) if hidden else None
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.dropout = dropout_layer(dropout, rngs)
         draws = negatives == "sampled" or item_dropout
         self.draws = rngs.negatives.fork() if draws else None
 

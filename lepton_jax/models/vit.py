@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lepton_jax.models.dropping import dropout_layer
+
 # Spread of the positions and extra tokens at first (Dosovitskiy et al. 2021, the
 # authors' code).
 SPREAD = 0.02
@@ -41,7 +43,7 @@ class EncoderBlock(nnx.Module):
         self.mlp_norm = nnx.LayerNorm(dim, rngs=rngs)
         self.up = nnx.Linear(dim, hidden, rngs=rngs)
         self.down = nnx.Linear(hidden, dim, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.dropout = dropout_layer(dropout, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (batch, length, dim) to the same shape."""
@@ -57,7 +59,9 @@ class EncoderBlock(nnx.Module):
         return self.out(mixed.reshape(x.shape))
 
     def _drop(self, x: jax.Array) -> jax.Array:
-        return x if self.dropout is None else self.dropout(x)
+        if self.dropout is None:
+            return x
+        return self.dropout(x)
 
 
 class ViT(nnx.Module):

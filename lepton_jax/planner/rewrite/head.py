@@ -63,6 +63,7 @@ from lepton_jax.planner.rewrite.rows import (
     sums_rows,
     taken_apart,
 )
+from lepton_jax.trees import with_leaves
 
 # Products that are looked at, the largest first. Assumption: where a hidden layer is
 # wider than the vocabulary, so are its two or three products.
@@ -96,7 +97,7 @@ def in_pieces(function: Callable, pieces: int) -> Callable:
         results = (
             run(program, leaves) if found is None else _run(program, leaves, found)
         )
-        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+        return with_leaves(shapes, results)
 
     return shorter
 

@@ -40,6 +40,7 @@ from lepton_jax.compat import Literal
 from lepton_jax.errors import ModelError
 from lepton_jax.planner.rewrite import notation
 from lepton_jax.planner.rewrite.notation import Names, Notation
+from lepton_jax.trees import with_leaves
 
 # the two operations
 OWN = "own_operation"
@@ -375,7 +376,7 @@ def _backward(own: Own, platform: str, *arrays: Any) -> list[Any]:
     else:
         shapes = jax.eval_shape(lambda *xs: jax.vjp(function, *xs)[1], *operands)
         leaves = [parts[kind][number] for kind, number in plan.sources]
-        pull = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+        pull = with_leaves(shapes, leaves)
 
     slopes = iter(arrays[len(arrays) - len(plan.slopes) :])
     cotangents = []

@@ -37,6 +37,7 @@ from lepton_jax.planner.rewrite.program import (
     run,
 )
 from lepton_jax.planner.rewrite.written import Written
+from lepton_jax.trees import with_leaves
 
 # Numbers that nobody uses: where the pattern has one, the program has its own.
 ANY_SCALE = 0.12345679
@@ -140,7 +141,7 @@ def fused(function: Callable, kernel: str) -> Callable:
         known = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
         program = _replaced(program, kernel, known)
         results = run(program, jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+        return with_leaves(shapes, results)
 
     return faster
 

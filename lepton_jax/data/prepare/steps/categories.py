@@ -18,7 +18,7 @@ from lepton_jax.data.prepare.steps.columns import (
     KEY,
     dropped,
     fault,
-    listed,
+    list_columns,
     nothing_to_learn,
     require,
     require_range,
@@ -61,7 +61,7 @@ class Vocabulary(Fitted):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
         require_range(self, "least", 1, MOST_CODES)
         if self.most is not None:
             require_range(self, "most", 1, MOST_CODES - 1)
@@ -217,7 +217,7 @@ class HashCategories(Step):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
         require_range(self, "buckets", 2, MOST_CODES)
 
     def check(self, schema: pl.Schema) -> pl.Schema:

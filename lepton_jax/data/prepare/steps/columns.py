@@ -99,6 +99,11 @@ def listed(
     return names
 
 
+def list_columns(step: Any) -> None:
+    """Make the columns of a frozen step a tuple, as `listed` does."""
+    object.__setattr__(step, "columns", listed(step.columns))
+
+
 def require(
     step: Any,
     schema: Mapping[str, pl.DataType],
@@ -206,6 +211,11 @@ def float_of(dtype: pl.DataType) -> pl.DataType:
     That is Float32 for Float32, else Float64.
     """
     return pl.Float32() if dtype == pl.Float32 else pl.Float64()
+
+
+def floats_of(schema: pl.Schema, columns: Iterable[str]) -> dict[str, pl.DataType]:
+    """Return the type of each column after arithmetic, see `float_of`."""
+    return {name: float_of(schema[name]) for name in columns}
 
 
 def number(name: str) -> pl.Expr:

@@ -19,8 +19,9 @@ from lepton_jax.data.prepare.steps.columns import (
     dropped,
     fault,
     float_of,
+    floats_of,
     is_missing,
-    listed,
+    list_columns,
     noted,
     nothing_to_learn,
     require,
@@ -48,7 +49,7 @@ class DropMissing(Step):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns)
@@ -81,7 +82,7 @@ class MarkMissing(Step):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns)
@@ -118,7 +119,7 @@ class FillWith(Step):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns)
@@ -197,7 +198,7 @@ class FillMissing(Fitted):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
         require_choice(self, "by", FILLS)
 
     def writes(self) -> Sequence[str]:
@@ -208,7 +209,7 @@ class FillMissing(Fitted):
             require(self, schema, self.columns)
             return pl.Schema(schema)
         require(self, schema, self.columns, NUMBER)
-        types = {name: float_of(schema[name]) for name in self.columns}
+        types = floats_of(schema, self.columns)
         return pl.Schema({**schema, **types})
 
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:

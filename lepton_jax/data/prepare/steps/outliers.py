@@ -26,8 +26,9 @@ from lepton_jax.data.prepare.steps.columns import (
     dropped,
     fault,
     float_of,
+    floats_of,
     in_train,
-    listed,
+    list_columns,
     noted,
     number,
     require,
@@ -62,7 +63,7 @@ class _Outliers(Fitted):
     idempotent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
         require_choice(self, "by", tuple(LIMITS))
         if self.limit is None:
             object.__setattr__(self, "limit", LIMITS[self.by])
@@ -189,7 +190,7 @@ class ClipOutliers(_Outliers):
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         super().check(schema)
-        types = {name: float_of(schema[name]) for name in self.columns}
+        types = floats_of(schema, self.columns)
         return pl.Schema({**schema, **types})
 
     def run(

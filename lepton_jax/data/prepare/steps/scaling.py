@@ -21,7 +21,8 @@ from lepton_jax.data.prepare.steps.columns import (
     Fault,
     fault,
     float_of,
-    listed,
+    floats_of,
+    list_columns,
     noted,
     number,
     require,
@@ -56,14 +57,14 @@ class _Scale(Fitted):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
 
     def writes(self) -> Sequence[str]:
         return self.columns
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns, NUMBER)
-        types = {name: float_of(schema[name]) for name in self.columns}
+        types = floats_of(schema, self.columns)
         return pl.Schema({**schema, **types})
 
     def run(
@@ -232,12 +233,12 @@ class LogScale(Step):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
         require_choice(self, "negative", ("missing", "mirror"))
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns, NUMBER)
-        types = {name: float_of(schema[name]) for name in self.columns}
+        types = floats_of(schema, self.columns)
         return pl.Schema({**schema, **types})
 
     def run(
@@ -294,7 +295,7 @@ class QuantileScale(Fitted):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
         require_choice(self, "onto", ("uniform", "normal"))
         require_range(self, "count", 2, 2**20)
 
@@ -303,7 +304,7 @@ class QuantileScale(Fitted):
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns, NUMBER)
-        types = {name: float_of(schema[name]) for name in self.columns}
+        types = floats_of(schema, self.columns)
         return pl.Schema({**schema, **types})
 
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
@@ -377,7 +378,7 @@ class Bins(Fitted):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
         require_choice(self, "by", ("quantile", "width"))
         require_range(self, "count", 2, 2**20)
 

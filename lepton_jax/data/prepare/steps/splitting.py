@@ -29,6 +29,7 @@ from lepton_jax.data.prepare.steps.columns import (
     KEY,
     POSITION,
     fault,
+    list_columns,
     listed,
     noted,
     require,
@@ -558,7 +559,7 @@ class SplitByHash(_Folds):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns, KEY)
