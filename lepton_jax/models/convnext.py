@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -36,8 +37,9 @@ class ConvNeXtBlock(nnx.Module):
             rngs=rngs,
         )
         self.norm = nnx.LayerNorm(dim, epsilon=EPSILON, rngs=rngs)
-        self.up = nnx.Linear(dim, WIDEN * dim, rngs=rngs)
-        self.down = nnx.Linear(WIDEN * dim, dim, rngs=rngs)
+        linear = partial(nnx.Linear, rngs=rngs)
+        self.up = linear(dim, WIDEN * dim)
+        self.down = linear(WIDEN * dim, dim)
         self.scale = nnx.Param(jnp.full(dim, LAYER_SCALE))
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -38,11 +39,12 @@ class EncoderBlock(nnx.Module):
     ):
         self.heads = heads
         self.attention_norm = nnx.LayerNorm(dim, rngs=rngs)
-        self.qkv = nnx.Linear(dim, 3 * dim, rngs=rngs)
-        self.out = nnx.Linear(dim, dim, rngs=rngs)
+        linear = partial(nnx.Linear, rngs=rngs)
+        self.qkv = linear(dim, 3 * dim)
+        self.out = linear(dim, dim)
         self.mlp_norm = nnx.LayerNorm(dim, rngs=rngs)
-        self.up = nnx.Linear(dim, hidden, rngs=rngs)
-        self.down = nnx.Linear(hidden, dim, rngs=rngs)
+        self.up = linear(dim, hidden)
+        self.down = linear(hidden, dim)
         self.dropout = dropout_layer(dropout, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import polars as pl
 
-from lepton_jax.data.prepare.step import Fitted, Outcome, Step
+from lepton_jax.data.prepare.step import Fitted, Outcome, Partial, State, Step
 from lepton_jax.data.prepare.steps import hashing
 from lepton_jax.data.prepare.steps.columns import (
     KEY,
@@ -110,7 +110,7 @@ class Vocabulary(Fitted):
             "value",
         )
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         tables = []
         for name in self.columns:
             rows = partial.filter(pl.col("column") == name)
@@ -291,7 +291,7 @@ class Classes(Fitted):
         count = pl.col("count").sum()
         return classes.agg(count).sort("value")
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         if partial.is_empty():
             raise nothing_to_learn(self, self.column)
         if len(partial) == 1:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import polars as pl
 
-from lepton_jax.data.prepare.step import Fitted, Outcome
+from lepton_jax.data.prepare.step import Fitted, Outcome, Partial, State
 from lepton_jax.data.prepare.steps.columns import (
     KEY,
     NUMBER,
@@ -118,7 +118,7 @@ class Interpolate(Fitted):
             )
         return points
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         count = pl.col("count")
         total = (pl.col("value") * count).sum()
         mean = (total / count.sum()).alias("value")

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import polars as pl
 
-from lepton_jax.data.prepare.step import Fitted, Outcome, Step
+from lepton_jax.data.prepare.step import Fitted, Outcome, Partial, State, Step
 from lepton_jax.data.prepare.steps import statistics
 from lepton_jax.data.prepare.steps.columns import (
     NUMBER,
@@ -236,7 +236,7 @@ class FillMissing(Fitted):
         counts = pl.concat(partials)
         return pl.DataFrame([_summed(counts[name]) for name in self.columns])
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         if self.by == "most_frequent":
             values = [self._most_frequent(partial[name]) for name in self.columns]
             return pl.DataFrame(values)

@@ -23,7 +23,7 @@ from typing import ClassVar
 import numpy as np
 import polars as pl
 
-from lepton_jax.data.prepare.step import Fitted, Outcome
+from lepton_jax.data.prepare.step import Fitted, Outcome, Partial, State
 from lepton_jax.data.prepare.steps import hashing
 from lepton_jax.data.prepare.steps.columns import (
     nothing_to_learn,
@@ -132,7 +132,7 @@ class NgramTokens(Fitted):
         total = pl.col("count").sum()
         return ngrams.agg(total).sort("ngram")
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         is_frequent = pl.col("count") >= self.least_count
         frequent = partial.filter(is_frequent)
         if frequent.is_empty():

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import polars as pl
 
-from lepton_jax.data.prepare.step import Fitted, Outcome
+from lepton_jax.data.prepare.step import Fitted, Outcome, Partial, State
 from lepton_jax.data.prepare.steps import statistics
 from lepton_jax.data.prepare.steps.columns import (
     NUMBER,
@@ -88,7 +88,7 @@ class _Outliers(Fitted):
             return statistics.merged_moments(partials)
         return statistics.merged_counts(partials, self)
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         assert self.limit is not None
         if self.by == "zscore":
             table = statistics.finite_moments(self, partial)

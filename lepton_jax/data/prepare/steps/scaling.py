@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 from scipy.special import ndtri
 
-from lepton_jax.data.prepare.step import Fitted, Outcome, Step
+from lepton_jax.data.prepare.step import Fitted, Outcome, Partial, State, Step
 from lepton_jax.data.prepare.steps import statistics
 from lepton_jax.data.prepare.steps.columns import (
     NUMBER,
@@ -104,7 +104,7 @@ class Standardize(_Scale):
     def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
         return statistics.merged_moments(partials)
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         table = statistics.finite_moments(self, partial)
         # The variance of a constant column is rounding, of this size at most
         # (scikit-learn's `_is_constant_feature`).
@@ -151,7 +151,7 @@ class MinMaxScale(_Scale):
     def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
         return statistics.merged_moments(partials)
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         table = statistics.finite_moments(self, partial)
         spread = pl.col("most") - pl.col("least")
         return table.select(
@@ -199,7 +199,7 @@ class RobustScale(_Scale):
     def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
         return statistics.merged_counts(partials, self)
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         shares = (self.low, 0.5, self.high)
         rows = []
         for name, values in statistics.quantiles(
@@ -313,7 +313,7 @@ class QuantileScale(Fitted):
     def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
         return statistics.merged_counts(partials, self)
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         tables = []
         for name in self.columns:
             rows = partial.filter(pl.col("column") == name)
@@ -403,7 +403,7 @@ class Bins(Fitted):
             return statistics.merged_moments(partials)
         return statistics.merged_counts(partials, self)
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         if self.by == "width":
             table = statistics.finite_moments(self, partial)
             tables = [
