@@ -62,6 +62,16 @@ def shapes(tree: Any) -> str:
     return ", ".join(descriptions) or repr(tree)
 
 
+def is_real(x: Any) -> bool:
+    """Whether an array, or a shape, is of real numbers."""
+    return jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
+
+
+def is_inexact(x: Any) -> bool:
+    """Whether an array, or a shape, is of real or complex numbers."""
+    return jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
+
+
 def nbytes(leaf: Any) -> int:
     """Return the bytes of an array or a shape; a random key counts as its key data."""
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
