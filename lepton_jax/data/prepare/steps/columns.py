@@ -224,6 +224,11 @@ def number(name: str) -> pl.Expr:
     return pl.when(value == 0).then(0.0).otherwise(value)
 
 
+def as_text(name: str) -> pl.Expr:
+    """Return a column as text."""
+    return pl.col(name).cast(pl.String)
+
+
 def is_missing(name: str, dtype: pl.DataType) -> pl.Expr:
     """Whether cells of a column are missing: null or NaN."""
     column = pl.col(name)
@@ -366,7 +371,7 @@ def _column_name(each: Fault) -> pl.Expr:
 def _before(each: Fault) -> pl.Expr:
     if not each.column:
         return _nothing()
-    return pl.col(each.column).cast(pl.String)
+    return as_text(each.column)
 
 
 def _first(

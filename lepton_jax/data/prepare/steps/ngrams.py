@@ -26,6 +26,7 @@ import polars as pl
 from lepton_jax.data.prepare.step import Fitted, Outcome, Partial, State
 from lepton_jax.data.prepare.steps import hashing
 from lepton_jax.data.prepare.steps.columns import (
+    as_text,
     nothing_to_learn,
     require_free,
     require_range,
@@ -117,7 +118,7 @@ class NgramTokens(Fitted):
         return (self.into or self.column,)
 
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
-        text = pl.col(self.column).cast(pl.String)
+        text = as_text(self.column)
         frame = table.select(text).collect(engine="in-memory")
         texts = pl.len().alias("count")
         counts = [pl.DataFrame(schema=COUNTS)]
