@@ -109,6 +109,12 @@ def of_another_host(error: BaseException) -> bool:
     return UNREACHABLE.search(str(error)) is not None
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message; "": it has none."""
+    line, _, _ = str(error).strip().partition("\n")
+    return line
+
+
 COMPARE_SHAPES = (
     "compare the shapes and dtypes of the batch with what the model and the loss expect"
 )
@@ -156,7 +162,7 @@ class pointing_at_user:
         if of_another_host(error):
             return
 
-        message = str(error).strip().partition("\n")[0]
+        message = first_line(error)
         colon = ": " if message else ""
         raise self.kind(
             f"{self.doing} failed: {type(error).__name__}{colon}{message}",

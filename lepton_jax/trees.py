@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,6 +30,12 @@ def by_path(
     return {path_of(path): leaf for path, leaf in leaves}
 
 
+def with_leaves(tree: Any, leaves: Sequence[Any]) -> Any:
+    """Return a pytree of the structure of another, with leaves of its own."""
+    structure = jax.tree.structure(tree)
+    return jax.tree.unflatten(structure, leaves)
+
+
 def matches(path: str, pattern: str) -> bool:
     """Whether a path matches as in a shell; "**/" also stands for no folder at all.
 
@@ -53,6 +60,16 @@ def shapes(tree: Any) -> str:
         described = f"{leaf.dtype}{list(leaf.shape)}" if is_array else repr(leaf)
         descriptions.append(f"{path} {described}".strip())
     return ", ".join(descriptions) or repr(tree)
+
+
+def is_real(x: Any) -> bool:
+    """Whether an array, or a shape, is of real numbers."""
+    return jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
+
+
+def is_inexact(x: Any) -> bool:
+    """Whether an array, or a shape, is of real or complex numbers."""
+    return jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
 
 
 def nbytes(leaf: Any) -> int:

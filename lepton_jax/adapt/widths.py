@@ -60,8 +60,9 @@ class Growth(NamedTuple):
     @property
     def deviation(self) -> float:
         """Factor of the standard deviation at the start."""
-        is_output = self.fan_in != 1 and self.fan_out == 1
-        return 1 / self.fan_in if is_output else 1 / math.sqrt(self.fan_in)
+        if self.fan_out == 1:  # an output, or as wide as in the base
+            return 1 / self.fan_in
+        return 1 / math.sqrt(self.fan_in)
 
     def rate(self, optimizer: Any) -> float:
         """Return the factor of an optimizer's updates."""
@@ -70,10 +71,12 @@ class Growth(NamedTuple):
             return 1 / self.fan_in
         # Muon scales by the square root of outputs over inputs itself; or, with
         # consistent_rms, by that of the longer side.
-        if settings.get("consistent_rms") is None or self.fan_in == 1:
+        is_consistent = settings.get("consistent_rms") is not None
+        if not is_consistent or self.fan_in == 1:
             return 1.0
         longer = max(self.fan_in, self.fan_out)
-        return math.sqrt(self.fan_out / self.fan_in / longer)
+        ratio = self.fan_out / self.fan_in
+        return math.sqrt(ratio / longer)
 
 
 def by_width(recipe: Recipe, base: Any) -> Recipe:
@@ -110,17 +113,18 @@ def by_width(recipe: Recipe, base: Any) -> Recipe:
       >>> by_width(recipe, narrow).learning_rate
       0.01
     """
-    own = {path: leaf.shape for path, leaf in _params_of(recipe.model).items()}
+    own = _params_of(recipe.model)
     narrow = _made_params(base)
-    growth = kinds(own, {path: x.shape for path, x in narrow.items()})
+    growth = kinds(_shapes(own), _shapes(narrow))
     _check(growth)
     deviations = {
         path: float(np.std(x)) * growth[path].deviation
         for path, x in narrow.items()
         if np.std(x) > 0
     }
+    factory = functools.partial(scaled, recipe.model, deviations=deviations)
     return recipe.with_(
-        model=functools.partial(scaled, recipe.model, deviations=deviations),
+        model=factory,
         optimizer=_transferred(recipe.optimizer, growth),
     )
 
@@ -139,13 +143,16 @@ def kinds(
       RecipeError: there are other parameters, or they have other dims.
     """
     if own.keys() != base.keys():
-        path = sorted(own.keys() ^ base.keys())[0]
+        path = min(own.keys() ^ base.keys())
         raise RecipeError(
             f"only one of the models has the parameter {path!r}",
             where=WHERE,
             remedy="let them differ in their width alone",
         )
-    return {path: _growth(path, shape, base[path]) for path, shape in own.items()}
+    growth = {}
+    for path, shape in own.items():
+        growth[path] = _growth(path, shape, base[path])
+    return growth
 
 
 def scaled(model: Any, *, deviations: Mapping[str, float], rngs: nnx.Rngs) -> Any:
@@ -162,7 +169,8 @@ def scaled(model: Any, *, deviations: Mapping[str, float], rngs: nnx.Rngs) -> An
         deviation = deviations.get(_name(path))
         if deviation is not None:
             x = variable[...]
-            variable[...] = x * (deviation / jnp.std(x)).astype(x.dtype)
+            factor = deviation / jnp.std(x)
+            variable[...] = x * factor.astype(x.dtype)
     nnx.update(module, state)
     return module
 
@@ -182,20 +190,23 @@ def _growth(path: str, own: tuple[int, ...], base: tuple[int, ...]) -> Growth:
     if not grown:
         return Growth(1.0, 1.0)
     last = len(own) - 1
-    if len(grown) == 1 and grown[0] != last and own[last] > 1:
-        return Growth(ratios[grown[0]], 1.0)
     *inputs, output = grown
-    return Growth(math.prod((ratios[dim] for dim in inputs), start=1.0), ratios[output])
+    is_output_kernel = not inputs and output != last
+    if is_output_kernel and own[last] > 1:
+        return Growth(ratios[output], 1.0)
+    fan_in = math.prod([1.0, *(ratios[dim] for dim in inputs)])
+    return Growth(fan_in, ratios[output])
 
 
 def _check(growth: Mapping[str, Growth]) -> None:
-    if all(each == Growth(1.0, 1.0) for each in growth.values()):
+    grown = [each for each in growth.values() if each != Growth(1.0, 1.0)]
+    if not grown:
         raise RecipeError(
             "the base is as wide as the model",
             where=WHERE,
             remedy="give a narrower model, or leave it out",
         )
-    if all(each.fan_in == 1 or each.fan_out != 1 for each in growth.values()):
+    if all(each.fan_in == 1 or each.fan_out != 1 for each in grown):
         raise RecipeError(
             "no parameter is an output alone: each that grows has outputs that do",
             where=WHERE,
@@ -214,15 +225,20 @@ def _params_of(model: Any) -> dict[str, Any]:
 
 
 def _made_params(model: Any) -> dict[str, np.ndarray]:
-    return {
-        path: np.asarray(x)
-        for path, x in jax.jit(functools.partial(_params, model))().items()
-    }
+    make = functools.partial(_params, model)
+    params = jax.jit(make)()
+    return {path: np.asarray(x) for path, x in params.items()}
 
 
 def _params(model: Any) -> dict[str, Any]:
-    params = nnx.to_flat_state(nnx.state(made(model, nnx.Rngs(0)), nnx.Param))
+    module = made(model, nnx.Rngs(0))
+    state = nnx.state(module, nnx.Param)
+    params = nnx.to_flat_state(state)
     return {_name(path): variable[...] for path, variable in params}
+
+
+def _shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {path: x.shape for path, x in params.items()}
 
 
 def _named(optimizer: Any) -> tuple[str, Mapping[str, Any]]:
@@ -238,10 +254,11 @@ def _transferred(optimizer: Any, growth: Mapping[str, Growth]) -> Any:
     """Return an optimizer whose updates are scaled by the parameters' growth."""
     parts = getattr(optimizer, "parts", None)
     if parts is not None:
-        each = (part if part.is_frozen else _part(part, growth) for part in parts)
-        return type(optimizer)(tuple(each))
+        changed = [_part(part, growth) for part in parts]
+        return type(optimizer)(tuple(changed))
     name, _ = _named(optimizer)
-    if not callable(optimizer) or name not in (*ADAMS, MUON):
+    is_known = name in (*ADAMS, MUON)
+    if not is_known or not callable(optimizer):
         raise RecipeError(
             f"nothing is known of the rates of {name!r} in other widths",
             where=WHERE,
@@ -252,7 +269,10 @@ def _transferred(optimizer: Any, growth: Mapping[str, Growth]) -> Any:
 
 
 def _part(part: Any, growth: Mapping[str, Growth]) -> Any:
-    return part._replace(given=_transferred(part.given, growth))
+    if part.is_frozen:
+        return part
+    given = _transferred(part.given, growth)
+    return part._replace(given=given)
 
 
 def _scaling(optimizer: Any, factors: Mapping[str, float]) -> Callable:
@@ -266,10 +286,14 @@ def _scaling(optimizer: Any, factors: Mapping[str, float]) -> Callable:
         changed = [leaf * factors.get(path, 1.0) for path, leaf in pairs]
         return jax.tree.unflatten(structure, changed), state
 
-    scale = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    def init(params: Any) -> Any:
+        return optax.EmptyState()
+
+    scale = optax.GradientTransformation(init, update)
 
     def make(learning_rate: Any, *args: Any, **settings: Any) -> Any:
-        return optax.chain(optimizer(learning_rate, *args, **settings), scale)
+        inner = optimizer(learning_rate, *args, **settings)
+        return optax.chain(inner, scale)
 
     # what looks for knobs, such as weight_decay, or for Muon, finds the optimizer
     make.__wrapped__ = optimizer  # type: ignore[attr-defined]

@@ -51,7 +51,8 @@ class Flip:
         (draw,) = uniform(keys, 1)
         is_mirrored = by_row(draw < self.share, images.ndim)
         axis = 1 if self.vertical else 2
-        return jnp.where(is_mirrored, jnp.flip(images, axis), images)
+        mirrored = jnp.flip(images, axis)
+        return jnp.where(is_mirrored, mirrored, images)
 
 
 def resized(
@@ -59,11 +60,11 @@ def resized(
     size: tuple[int, int],
 ) -> Any:
     """Return images scaled to (height, width), as `ResizedCrop` scales a whole one."""
-    if images.shape[1:3] == tuple(size):
+    before = images.shape[1:3]
+    if before == tuple(size):
         return images
-    return _scaled(
-        images, _whole(images.shape[1], size[0]), _whole(images.shape[2], size[1])
-    )
+    rows, columns = map(_whole, before, size)
+    return _scaled(images, rows, columns)
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,10 @@ class Crop:
             )
         amount = (self.padding, self.padding)
         mode = "reflect" if self.edge == "reflect" else "constant"
-        padded = jnp.pad(images, ((0, 0), amount, amount, (0, 0)), mode)
-        places = uniform(keys, 2, 0, 2 * self.padding + 1)
+        none = (0, 0)
+        padded = jnp.pad(images, (none, amount, amount, none), mode)
+        most = 2 * self.padding
+        places = uniform(keys, 2, 0, most + 1)
         top, left = (place.astype(jnp.int32) for place in places)
 
         def cut(
@@ -135,7 +138,8 @@ class ResizedCrop:
     def __post_init__(self) -> None:
         check_range("ResizedCrop", 0, scale=self.scale, ratio=self.ratio)
         check_share("ResizedCrop", scale=self.scale[1])
-        if not (self.scale[0] > 0 and self.ratio[0] > 0):
+        least = (self.scale[0], self.ratio[0])
+        if not all(bound > 0 for bound in least):
             raise RecipeError(
                 f"scale is {self.scale!r}, ratio is {self.ratio!r}",
                 where="augment.ResizedCrop",
@@ -156,13 +160,18 @@ class ResizedCrop:
         share, aspect, across, along = uniform(keys, 4)
         low, high = self.scale
         area = low + share * (high - low)
-        low, high = (math.log(bound) for bound in self.ratio)
-        stretch = jnp.exp((low + aspect * (high - low)) / 2)
-        tall = jnp.minimum(jnp.sqrt(area) / stretch, 1)
-        wide = jnp.minimum(jnp.sqrt(area) * stretch, 1)
+        low, high = map(math.log, self.ratio)
+        logarithm = low + aspect * (high - low)
+        stretch = jnp.exp(logarithm / 2)
+        tall = jnp.sqrt(area) / stretch
+        tall = jnp.minimum(tall, 1)
+        wide = jnp.sqrt(area) * stretch
+        wide = jnp.minimum(wide, 1)
 
-        rows = _triangles(across * (1 - tall), tall, height, size[0])
-        columns = _triangles(along * (1 - wide), wide, width, size[1])
+        top = across * (1 - tall)
+        rows = _triangles(top, tall, height, size[0])
+        left = along * (1 - wide)
+        columns = _triangles(left, wide, width, size[1])
         return _scaled(images, rows, columns)
 
 
@@ -202,9 +211,12 @@ class Affine:
         height, width = images.shape[1:3]
         turn, down, right, size, slant = uniform(keys, 5, -1, 1)
         angle = turn * math.radians(self.degrees)
-        shear = jnp.tan(slant * math.radians(self.shear))
-        low, high = (math.log(bound) for bound in self.zoom)
-        factor = jnp.exp(-(low + (size + 1) / 2 * (high - low)))
+        slant = slant * math.radians(self.shear)
+        shear = jnp.tan(slant)
+        low, high = map(math.log, self.zoom)
+        share = (size + 1) / 2
+        logarithm = low + share * (high - low)
+        factor = jnp.exp(-logarithm)
 
         cos = jnp.cos(angle) * factor
         sin = jnp.sin(angle) * factor
@@ -233,12 +245,14 @@ def warped(
     """
     _, height, width, _ = images.shape
     y, x = jnp.indices((height, width), dtype=jnp.float32)
-    y = (y - (height - 1) / 2)[None]
-    x = (x - (width - 1) / 2)[None]
+    middle_y = (height - 1) / 2
+    middle_x = (width - 1) / 2
+    y = (y - middle_y)[None]
+    x = (x - middle_x)[None]
     a, b, c, d = (value[:, None, None] for value in matrix)
     down, right = (move[:, None, None] for move in moves)
-    from_y = a * y + b * x + down + (height - 1) / 2
-    from_x = c * y + d * x + right + (width - 1) / 2
+    from_y = a * y + b * x + down + middle_y
+    from_x = c * y + d * x + right + middle_x
     return _interpolated(images, from_y, from_x, edge)
 
 
@@ -263,7 +277,9 @@ def _whole(
     wanted: int,
 ) -> jax.Array:
     """Return the weights of all pixels of a side: (1, wanted, pixels)."""
-    return _triangles(jnp.zeros(1), jnp.ones(1), pixels, wanted)
+    start = jnp.zeros(1)
+    share = jnp.ones(1)
+    return _triangles(start, share, pixels, wanted)
 
 
 def _scaled(
@@ -305,9 +321,13 @@ def _triangles(
       float32 (batch, wanted, pixels), whose rows add up to 1.
     """
     step = share[:, None] * (pixels / wanted)
-    middles = (jnp.arange(wanted) + 0.5) * step + start[:, None] * pixels - 0.5
-    away = jnp.abs(middles[:, :, None] - jnp.arange(pixels))
-    weights = jnp.maximum(1 - away / jnp.maximum(step, 1)[:, :, None], 0)
+    middles = (jnp.arange(wanted) + 0.5) * step
+    middles = middles + start[:, None] * pixels - 0.5
+    away = middles[:, :, None] - jnp.arange(pixels)
+    away = jnp.abs(away)
+    reach = jnp.maximum(step, 1)
+    weights = 1 - away / reach[:, :, None]
+    weights = jnp.maximum(weights, 0)
     return weights / weights.sum(-1, keepdims=True)
 
 
@@ -327,11 +347,16 @@ def _interpolated(
     """
     top = jnp.floor(y)
     left = jnp.floor(x)
-    low = (y - top)[..., None].astype(images.dtype)
-    right = (x - left)[..., None].astype(images.dtype)
+    low = (y - top)[..., None]
+    low = low.astype(images.dtype)
+    right = (x - left)[..., None]
+    right = right.astype(images.dtype)
     look = partial(_pixels, images, edge=edge)
-    upper = look(top, left) * (1 - right) + look(top, left + 1) * right
-    lower = look(top + 1, left) * (1 - right) + look(top + 1, left + 1) * right
+
+    upper = look(top, left) * (1 - right)
+    upper = upper + look(top, left + 1) * right
+    lower = look(top + 1, left) * (1 - right)
+    lower = lower + look(top + 1, left + 1) * right
     return upper * (1 - low) + lower * low
 
 
@@ -354,10 +379,12 @@ def _pixels(
     ) -> jax.Array:
         return pixels.at[places].get(mode="promise_in_bounds")
 
-    found = jax.vmap(look)(flat, places).reshape(*y.shape, channels)
+    found = jax.vmap(look)(flat, places)
+    found = found.reshape(*y.shape, channels)
     if edge != "zero":
         return found
-    is_inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    is_inside = (y >= 0) & (y < height)
+    is_inside = is_inside & (x >= 0) & (x < width)
     return jnp.where(is_inside[..., None], found, 0)
 
 
@@ -368,6 +395,7 @@ def _inside(
 ) -> jax.Array:
     """Return whole places as int32, those outside brought back inside."""
     if edge == "reflect":
+        last = pixels - 1
         place = jnp.abs(place)
-        place = (pixels - 1) - jnp.abs((pixels - 1) - place)
+        place = last - jnp.abs(last - place)
     return jnp.clip(place, 0, pixels - 1).astype(jnp.int32)

@@ -48,7 +48,7 @@ from lepton_jax.errors import (
     writing_remedy,
 )
 from lepton_jax.hosts import agreement
-from lepton_jax.trees import by_path
+from lepton_jax.trees import by_path, with_leaves
 
 T = TypeVar("T")
 # Whether a path of the template and one of the checkpoint have one shape and dtype.
@@ -744,7 +744,7 @@ def _filled(
             continue
         array = restored[path] if is_stored else _without_elements(leaf)
         leaves.append(as_wanted(array, leaf))
-    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+    return with_leaves(template, leaves)
 
 
 def _quieten() -> None:

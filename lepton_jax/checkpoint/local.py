@@ -35,7 +35,7 @@ import numpy as np
 from lepton_jax.checkpoint.keys import as_stored, as_wanted, stored_shape
 from lepton_jax.errors import CheckpointError, LeptonError, writing_remedy
 from lepton_jax.hosts import agreement
-from lepton_jax.trees import by_path
+from lepton_jax.trees import by_path, with_leaves
 
 # Bytes that a name in a folder may have on Linux, less those of the checksum.
 LONGEST = 255 - len("-01234567")
@@ -335,7 +335,7 @@ def _state(content: _File, template: Any) -> Any:
         shape = stored_shape(leaf)
         array = _assembled(shape, leaf.sharding, content.parts[path])
         leaves.append(as_wanted(array, leaf))
-    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+    return with_leaves(template, leaves)
 
 
 def _parts(leaf: jax.Array) -> dict[Bounds, np.ndarray]:

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
       0; 2 if the request was refused or there is no such run; 130 after Ctrl-C.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = settings.typed(arguments)
     options = None
     try:
         options = _parser().parse_args(arguments)

@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
       0; 2 for a mistake; 130 after Ctrl-C.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = settings.typed(arguments)
     try:
         page = _explain(_parser().parse_args(arguments))
     except LeptonError as error:

@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
       0; 1 if the exported model departs from the trainer; 2 for a mistake; 130 after
       Ctrl-C.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = settings.typed(arguments)
     try:
         options = _parser().parse_args(arguments)
         summary = _export(options)

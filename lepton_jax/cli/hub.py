@@ -35,7 +35,7 @@ TIED = {"yes": True, "no": False}
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for a mistake, 130."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = settings.typed(arguments)
     try:
         options = _parser().parse_args(arguments)
         told = options.do(options)

@@ -34,6 +34,7 @@ from lepton_jax.errors import (
     LeptonError,
     RecipeError,
     SettingError,
+    first_line,
     nearest,
     of_another_host,
 )
@@ -88,7 +89,7 @@ def _main(arguments: list[str]) -> int:
         summary = launch(arguments)
     except (LeptonError, MemoryError, JaxRuntimeError) as problem:
         if of_another_host(problem):
-            reason = _first_line(problem)[:LONGEST_REASON]
+            reason = first_line(problem)[:LONGEST_REASON]
             print(f"another host can no longer be reached: {reason}", file=sys.stderr)
             return LOST_PEER
         if isinstance(problem, LeptonError):
@@ -126,17 +127,13 @@ def _short_of_memory(problem: Exception) -> LeptonError:
     if isinstance(problem, JaxRuntimeError) and not out_of_memory:
         raise problem
     return LeptonError(
-        f"the memory does not suffice: {_first_line(problem)}",
+        f"the memory does not suffice: {first_line(problem)}",
         where=f"host {platform.node()}",
         remedy=(
             "lower batch_size, raise micro_batches, or make the model or the data"
             " smaller"
         ),
     )
-
-
-def _first_line(problem: Exception) -> str:
-    return str(problem).strip().partition("\n")[0]
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
       The exit code: 0; 2 for an error of the user's or where nothing fits; 130 after
       Ctrl-C.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = settings.typed(arguments)
     _replace_unknown_characters()
     try:
         code = look(arguments)

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
       The exit code: 0; 2 for an error of the user's; 130 after Ctrl-C.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = settings.typed(arguments)
     try:
         _run(arguments)
         return 0

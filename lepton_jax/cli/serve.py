@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
       0 after SIGTERM or Ctrl-C, if every request was answered; 2 for a mistake; 130
       after a second Ctrl-C.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = settings.typed(arguments)
     try:
         options = parsed(arguments)
         if scale.wanted(options):

@@ -212,6 +212,13 @@ class Parser(argparse.ArgumentParser):
         )
 
 
+def typed(arguments: list[str] | None) -> list[str]:
+    """Return a command's arguments; None: those that the process was started with."""
+    if arguments is None:
+        return sys.argv[1:]
+    return arguments
+
+
 def _hyphenated(match: re.Match) -> str:
     return match[0].replace("_", "-")
 

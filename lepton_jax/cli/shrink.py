@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
       0; 1 if no smaller model keeps the metric; 2 for a mistake; 130 after Ctrl-C.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = settings.typed(arguments)
     try:
         options = _parser().parse_args(arguments)
         frontier, place = _shrink(options)

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lepton_jax.compat import placed
 from lepton_jax.step import optimizers
+from lepton_jax.trees import is_inexact
 
 if TYPE_CHECKING:
     from lepton_jax.recipe import Recipe
@@ -75,9 +75,7 @@ class Pieces(NamedTuple):
 
 def floats(tree: Any) -> Any:
     """Return the floating-point and complex leaves of a tree, None for the others."""
-    return jax.tree.map(
-        lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) else None, tree
-    )
+    return jax.tree.map(lambda x: x if is_inexact(x) else None, tree)
 
 
 def merged(tree: Any, leaves: Any) -> Any:

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from lepton_jax.errors import DataError
+from lepton_jax.errors import DataError, first_line
 
 Pair = tuple[Any, Any]  # (inputs, targets): arrays, or dicts of them
+Empty = Callable[[tuple[int, ...], Any], np.ndarray]  # (shape, dtype) to memory
 
 # Bytes. On the CPU, JAX adopts a host buffer without a copy only if it is so aligned.
 ALIGNMENT = 64
@@ -52,13 +53,16 @@ class Arrays:
     targets: Any = None
 
     def __post_init__(self):
-        object.__setattr__(self, "inputs", _tree(self.inputs, "inputs"))
+        inputs = _tree(self.inputs, "inputs")
+        object.__setattr__(self, "inputs", inputs)
         if self.targets is not None:
-            object.__setattr__(self, "targets", _tree(self.targets, "targets"))
+            targets = _tree(self.targets, "targets")
+            object.__setattr__(self, "targets", targets)
 
-        lengths = {name: len(x) for name, x in self._named()}
-        if len(set(lengths.values())) > 1:
-            counts = ", ".join(f"{name} has {count}" for name, count in lengths.items())
+        named = self._named()
+        lengths = {len(x) for _, x in named}
+        if len(lengths) > 1:
+            counts = ", ".join(f"{name} has {len(x)}" for name, x in named)
             raise DataError(
                 f"the arrays differ in length: {counts}",
                 where="Arrays",
@@ -72,7 +76,8 @@ class Arrays:
             )
 
     def __len__(self) -> int:
-        return len(self._named()[0][1])
+        _, first = self._named()[0]
+        return len(first)
 
     def __repr__(self) -> str:
         parts = [f"{name} {x.dtype}{list(x.shape)}" for name, x in self._named()]
@@ -80,7 +85,8 @@ class Arrays:
 
     def _named(self) -> list[tuple[str, np.ndarray]]:
         parts = []
-        for name, tree in (("inputs", self.inputs), ("targets", self.targets)):
+        trees = {"inputs": self.inputs, "targets": self.targets}
+        for name, tree in trees.items():
             if isinstance(tree, dict):
                 parts += [(f"{name}[{key!r}]", x) for key, x in tree.items()]
             elif tree is not None:
@@ -90,7 +96,7 @@ class Arrays:
     def take(
         self,
         indices: Any,
-        empty: Callable[[tuple[int, ...], Any], np.ndarray] | None = None,
+        empty: Empty | None = None,
     ) -> Pair:
         """Copy some samples.
 
@@ -107,14 +113,15 @@ class Arrays:
         """
         empty = empty or aligned_empty
         indices = np.asarray(indices)
-        if indices.ndim != 1 or (indices.dtype.kind not in "iu" and indices.size):
+        are_integers = indices.dtype.kind in "iu" or not indices.size
+        if indices.ndim != 1 or not are_integers:
             raise DataError(
                 f"indices are {indices.dtype}{list(indices.shape)}, not a vector of"
                 " integers",
                 where="Arrays.take",
                 remedy="give the positions of the samples",
             )
-        if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
+        if not _all_between(indices, 0, len(self) - 1):
             raise DataError(
                 f"indices run from {indices.min()} to {indices.max()}, but there are"
                 f" {len(self)} samples",
@@ -126,7 +133,12 @@ class Arrays:
         def rows(x: np.ndarray) -> np.ndarray:
             return _rows(x, indices, empty)
 
-        return _map(rows, self.inputs), _map(rows, self.targets)
+        inputs = _map(rows, self.inputs)
+        return inputs, _map(rows, self.targets)
+
+    def _parts(self, first: Any, second: Any) -> tuple[Arrays, Arrays]:
+        """Return the samples of two lists of indices."""
+        return Arrays(*self.take(first)), Arrays(*self.take(second))
 
     def split(
         self,
@@ -141,7 +153,7 @@ class Arrays:
           seed: decides which.
         """
         first, second = partition(len(self), fraction, seed)
-        return Arrays(*self.take(first)), Arrays(*self.take(second))
+        return self._parts(first, second)
 
     def fold(
         self,
@@ -174,10 +186,11 @@ class Arrays:
             )
         order = np.random.default_rng(seed).permutation(len(self))
         if stratify:
-            order = order[np.argsort(self.targets[order], kind="stable")]
+            by_class = np.argsort(self.targets[order], kind="stable")
+            order = order[by_class]
         test = np.sort(order[fold::folds])
         train = np.setdiff1d(order, test)
-        return Arrays(*self.take(train)), Arrays(*self.take(test))
+        return self._parts(train, test)
 
 
 def from_any(data: Any) -> Arrays:
@@ -220,7 +233,9 @@ def partition(
     Raises:
       DataError: a part would be empty.
     """
-    second = round(fraction * count) if math.isfinite(fraction) else -1
+    second = -1
+    if math.isfinite(fraction):
+        second = round(fraction * count)
     if not 0 < second < count:
         raise DataError(
             f"a fraction of {fraction!r} splits {count} samples into {count - second}"
@@ -231,7 +246,8 @@ def partition(
             ),
         )
     order = np.random.default_rng(seed).permutation(count)
-    return np.sort(order[second:]), np.sort(order[:second])
+    first = np.sort(order[second:])
+    return first, np.sort(order[:second])
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -256,7 +272,7 @@ class Buffers:
         dtype: Any,
     ) -> np.ndarray:
         """Return an array like `aligned_empty`, in memory that nobody else uses."""
-        size = math.prod(shape) * np.dtype(dtype).itemsize
+        size = _bytes(shape, dtype)
         buffers = self._by_bytes.setdefault(size, [])
         for raw in buffers:
             if sys.getrefcount(raw) == REFERENCES_OF_AN_UNUSED_BUFFER:
@@ -305,7 +321,8 @@ class ArraysByPosition:
           stop: the position after the last one.
           wanted: which of them to read, as an index of a vector of stop - start.
         """
-        return self.data.take(self.indices(start, stop)[wanted], self._buffers.empty)
+        indices = self.indices(start, stop)[wanted]
+        return self.data.take(indices, self._buffers.empty)
 
     def indices(
         self,
@@ -314,7 +331,8 @@ class ArraysByPosition:
     ) -> np.ndarray:
         """Return the samples' numbers at positions start to stop: int32 vector."""
         if not self.shuffle:
-            return (np.arange(start, stop) % self.samples).astype(np.int32)
+            positions = np.arange(start, stop)
+            return (positions % self.samples).astype(np.int32)
 
         indices = np.empty(stop - start, np.int32)
         first_epoch = start // self.samples
@@ -323,7 +341,8 @@ class ArraysByPosition:
             epoch_start = epoch * self.samples
             low = max(start, epoch_start)
             high = min(stop, epoch_start + self.samples)
-            part = self._order(epoch)[low - epoch_start : high - epoch_start]
+            own = slice(low - epoch_start, high - epoch_start)
+            part = self._order(epoch)[own]
             indices[low - start : high - start] = part
         return indices
 
@@ -335,22 +354,29 @@ class ArraysByPosition:
         """Return "EPOCH:INDEX" of each sample at positions start to stop."""
         epochs = np.arange(start, stop) // self.samples
         indices = self.indices(start, stop)
-        return [
-            f"{epoch}:{index}" for epoch, index in zip(epochs, indices, strict=True)
-        ]
+        pairs = zip(epochs, indices, strict=True)
+        return [f"{epoch}:{index}" for epoch, index in pairs]
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
-            generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+            bits = np.random.Philox(key=[self.seed, epoch])
+            order = np.random.Generator(bits).permutation(self.samples)
             # a block may still reach back into the epoch before
-            before = {e: order for e, order in self._orders.items() if e == epoch - 1}
-            self._orders = before | {epoch: generator.permutation(self.samples)}
+            before = self._orders.get(epoch - 1)
+            self._orders = {epoch: order}
+            if before is not None:
+                self._orders[epoch - 1] = before
         return self._orders[epoch]
 
 
 def _raw(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    size = math.prod(shape) * np.dtype(dtype).itemsize
+    size = _bytes(shape, dtype)
     return np.empty(size + ALIGNMENT, np.uint8)
+
+
+def _bytes(shape: tuple[int, ...], dtype: Any) -> int:
+    itemsize = np.dtype(dtype).itemsize
+    return math.prod(shape) * itemsize
 
 
 def _aligned(
@@ -359,15 +385,18 @@ def _aligned(
     dtype: Any,
 ) -> np.ndarray:
     start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + len(raw) - ALIGNMENT].view(dtype).reshape(shape)
+    stop = start + len(raw) - ALIGNMENT
+    aligned = raw[start:stop]
+    return aligned.view(dtype).reshape(shape)
 
 
 def _rows(
     x: np.ndarray,
     indices: np.ndarray,
-    empty: Callable[[tuple[int, ...], Any], np.ndarray],
+    empty: Empty,
 ) -> np.ndarray:
-    out = empty((len(indices), *x.shape[1:]), x.dtype)
+    shape = (len(indices), *x.shape[1:])
+    out = empty(shape, x.dtype)
     # Only "clip" and "wrap" let np.take write straight into `out`; the indices are
     # checked already.
     return np.take(
@@ -388,7 +417,8 @@ def _map(function: Any, tree: Any) -> Any:
 def _tree(data: Any, name: str) -> Any:
     if not isinstance(data, Mapping):
         return _array(data, name)
-    if not data or not all(isinstance(key, str) for key in data):
+    are_names = all(isinstance(key, str) for key in data)
+    if not data or not are_names:
         raise DataError(
             f"{name} is a dict with the keys {list(data)}",
             where=name,
@@ -401,7 +431,8 @@ def _tree(data: Any, name: str) -> Any:
 
 def _array(data: Any, name: str) -> np.ndarray:
     """Return a native NumPy array of at most 32-bit numbers and at least one dim."""
-    if isinstance(data, np.ma.MaskedArray) and np.ma.is_masked(data):
+    may_be_masked = isinstance(data, np.ma.MaskedArray)
+    if may_be_masked and np.ma.is_masked(data):
         raise DataError(
             f"{name} has masked values",
             where=name,
@@ -456,8 +487,15 @@ def _holds_numbers(dtype: np.dtype) -> bool:
 
 def _first_line(error: Exception) -> str:
     name = type(error).__name__
-    message = str(error).strip().partition("\n")[0]
+    message = first_line(error)
     return f"{name}: {message}" if message else name
+
+
+def _all_between(x: np.ndarray, least: int, most: int) -> bool:
+    """Whether all numbers lie from one to another."""
+    if not x.size:
+        return True
+    return bool(x.min() >= least and x.max() <= most)
 
 
 def _narrow(x: np.ndarray, name: str) -> np.ndarray:
@@ -468,7 +506,7 @@ def _narrow(x: np.ndarray, name: str) -> np.ndarray:
 
     if narrow.kind in "iu":
         limits = np.iinfo(str(narrow))
-        if x.size and (x.min() < limits.min or x.max() > limits.max):
+        if not _all_between(x, limits.min, limits.max):
             raise DataError(
                 f"{name} has values from {x.min()} to {x.max()}, which don't fit"
                 f" {narrow}",

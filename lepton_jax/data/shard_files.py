@@ -11,7 +11,7 @@ import numpy as np
 
 from lepton_jax.data.columns import Leaf, Ragged, leaf_of
 from lepton_jax.data.extras import needs
-from lepton_jax.errors import DataError
+from lepton_jax.errors import DataError, first_line
 
 # The one column of an ArrayRecord file: its records as bytes.
 RECORD = "record"
@@ -216,7 +216,7 @@ def _unreadable(
     where: object,
     error: Exception,
 ) -> DataError:
-    message = str(error).strip().partition("\n")[0]
+    message = first_line(error)
     return DataError(
         f"the shard can't be read: {message}",
         where=where,

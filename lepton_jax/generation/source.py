@@ -24,6 +24,7 @@ from lepton_jax.planner import laid_out
 from lepton_jax.step import precision
 from lepton_jax.step.from_nnx import follow_precision
 from lepton_jax.trainer import Trainer
+from lepton_jax.trees import is_real
 
 # graphs of modules whose compiled programs are kept; assumption
 KEPT = 8
@@ -225,5 +226,5 @@ def _called(
 def _floats(params: Any) -> Any:
     """Return the dtype of the largest array of floating-point numbers."""
     leaves = jax.tree.leaves(params)
-    floats = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+    floats = [x for x in leaves if is_real(x)]
     return max(floats, key=lambda x: x.size).dtype

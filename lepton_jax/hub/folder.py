@@ -23,7 +23,7 @@ from lepton_jax.hub.origin import CONFIG, Origin, read_json
 from lepton_jax.hub.shapes import parameter_shapes, shape_of
 from lepton_jax.hub.shards import DTYPES, Shards, listed
 from lepton_jax.models import DecoderLM, DecoderShape
-from lepton_jax.trees import by_path, matches
+from lepton_jax.trees import by_path, matches, with_leaves
 
 if TYPE_CHECKING:
     from lepton_jax.trainer import Trainer
@@ -155,7 +155,7 @@ class HubFolder:
         pure = jax.tree.map(shape, nnx.to_pure_dict(params))
         arrays = self.weights(by_path(pure))
         leaves = [arrays[path] for path in by_path(pure)]
-        filled = jax.tree.unflatten(jax.tree.structure(pure), leaves)
+        filled = with_leaves(pure, leaves)
         nnx.replace_by_pure_dict(params, filled)
         module = nnx.merge(graph, params)
         for _, node in nnx.iter_graph(module):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_jax.losses.sums import values
+from lepton_jax.trees import is_inexact
 
 
 def without_missing(loss: Callable) -> Callable:
@@ -46,7 +47,7 @@ def known_values(
     """
     there = known(outputs, targets)
     # labels stay as they are, so that those that are too large are found
-    if jnp.issubdtype(targets.dtype, jnp.inexact):
+    if is_inexact(targets):
         # not the values alone: the gradient of what NaN went into is NaN
         targets = jnp.where(there > 0, targets, 0)
     result = values(loss, outputs, targets)
@@ -63,6 +64,6 @@ def known_values(
 
 def known(outputs: Any, targets: jax.Array) -> jax.Array:
     """Return 1.0 for each target that is there, 0.0 for each that is missing."""
-    is_number = jnp.issubdtype(targets.dtype, jnp.inexact)
+    is_number = is_inexact(targets)
     there = ~jnp.isnan(targets) if is_number else targets >= 0
     return there.astype(jnp.float32)

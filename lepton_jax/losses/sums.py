@@ -33,7 +33,7 @@ from lepton_jax.augment import first_of, loss_of
 from lepton_jax.compat import whole_axes
 from lepton_jax.errors import ModelError, pointing_at_user
 from lepton_jax.losses.stock import STOCK
-from lepton_jax.trees import by_path, shapes
+from lepton_jax.trees import by_path, is_real, shapes
 
 # ---- weighted sums of one function ----
 
@@ -125,7 +125,7 @@ def _as_float(x: Any) -> jax.Array:
     x = jnp.asarray(x)
     whole = jnp.issubdtype(x.dtype, jnp.bool_) or jnp.issubdtype(x.dtype, jnp.integer)
     # fifty losses of 2,000 are beyond float16
-    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    narrow = is_real(x) and x.dtype.itemsize < 4
     return x.astype(jnp.float32) if whole or narrow else x
 
 
@@ -589,7 +589,7 @@ def _likeliest(outputs: Any) -> str:
     """
     candidates = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(outputs)[0]:
-        if jnp.ndim(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating):
+        if jnp.ndim(leaf) and is_real(leaf):
             key = jax.tree_util.keystr(path).replace("'", '"')
             candidates.append(f"outputs{key}")
     logits = [text for text in candidates if "logit" in text]

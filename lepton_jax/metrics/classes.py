@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_jax.metrics.metric import Metric, check_same
+from lepton_jax.trees import is_real
 
 
 def accuracy(outputs: Any, targets: Any) -> Any:
@@ -23,7 +24,7 @@ def accuracy(outputs: Any, targets: Any) -> Any:
       targets: indices, (...); or shares of the classes, such as mixed samples have, of
         the outputs' shape: then the largest share is the target.
     """
-    are_shares = jnp.issubdtype(targets.dtype, jnp.floating)
+    are_shares = is_real(targets)
     if are_shares and outputs.ndim == targets.ndim:
         check_same(outputs.shape, targets.shape, "accuracy")
         targets = jnp.argmax(targets, axis=-1)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lepton_jax.models.dropping import dropout_layer
 from lepton_jax.models.mlp import MLP
 
 PADDING = 0  # the token that fills a text up
@@ -44,7 +45,7 @@ class BagOfWords(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.embed = nnx.Embed(vocab, dim, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.dropout = dropout_layer(dropout, rngs)
         whole = nnx.Dropout(word_dropout, broadcast_dims=(2,), rngs=rngs)
         self.word_dropout = whole if word_dropout else None
         self.head = MLP((dim, *hidden, classes), dropout=dropout, rngs=rngs)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
+from lepton_jax.models.dropping import dropout_layer
+
 
 class CNN(nnx.Module):
     """Convolutions, one dense layer and the logits.
@@ -86,7 +88,7 @@ class CNN(nnx.Module):
         self.out = nnx.Linear(dense or channels, classes, rngs=rngs)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.dropout = dropout_layer(dropout, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map images (batch, height, width, channels) to logits (batch, classes)."""
@@ -109,4 +111,6 @@ class CNN(nnx.Module):
         return self.out(hidden)
 
     def _drop(self, x: jax.Array) -> jax.Array:
-        return x if self.dropout is None else self.dropout(x)
+        if self.dropout is None:
+            return x
+        return self.dropout(x)

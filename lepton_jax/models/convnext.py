@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from lepton_jax.models.dropping import dropout_layer
 
 KERNEL = (
     7  # side of the convolutions of one channel each (Liu et al. 2022, section 2.5)
@@ -34,8 +37,9 @@ class ConvNeXtBlock(nnx.Module):
             rngs=rngs,
         )
         self.norm = nnx.LayerNorm(dim, epsilon=EPSILON, rngs=rngs)
-        self.up = nnx.Linear(dim, WIDEN * dim, rngs=rngs)
-        self.down = nnx.Linear(WIDEN * dim, dim, rngs=rngs)
+        linear = partial(nnx.Linear, rngs=rngs)
+        self.up = linear(dim, WIDEN * dim)
+        self.down = linear(WIDEN * dim, dim)
         self.scale = nnx.Param(jnp.full(dim, LAYER_SCALE))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -104,7 +108,7 @@ class ConvNeXt(nnx.Module):
         self.norms = nnx.List(norms)
         self.stages = nnx.List([nnx.List(stage) for stage in stages])
         self.norm = nnx.LayerNorm(channels, epsilon=EPSILON, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.dropout = dropout_layer(dropout, rngs)
         self.out = nnx.Linear(channels, classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lepton_jax.models.dropping import dropout_layer
 from lepton_jax.models.fields import Fields
 from lepton_jax.models.mlp import MLP
 
@@ -48,7 +49,7 @@ class DCN(nnx.Module):
         layers = [_Cross(width, rank, rngs=rngs) for _ in range(crosses)]
         self.crosses = nnx.List(layers)
         self.mlp = MLP((width, *hidden, 1), dropout=dropout, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.dropout = dropout_layer(dropout, rngs)
 
     def __call__(
         self,

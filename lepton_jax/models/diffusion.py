@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lepton_jax.models.dropping import dropout_layer
 from lepton_jax.models.gan import drawn_classes, enlarged, folded
 
 LONGEST_PERIOD = 10_000.0  # of the codes of time; Vaswani et al. 2017, section 3.5
@@ -39,13 +41,10 @@ class Block(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        self.norms = nnx.List(
-            [
-                nnx.GroupNorm(n, num_groups=math.gcd(n, GROUPS), rngs=rngs)
-                for n in (inputs, outputs)
-            ]
-        )
-        self.first = nnx.Conv(inputs, outputs, (3, 3), rngs=rngs)
+        norms = [group_norm(n, rngs) for n in (inputs, outputs)]
+        self.norms = nnx.List(norms)
+        conv = partial(nnx.Conv, inputs, outputs, rngs=rngs)
+        self.first = conv((3, 3))
         self.second = nnx.Conv(
             outputs,
             outputs,
@@ -54,16 +53,18 @@ class Block(nnx.Module):
             rngs=rngs,
         )
         self.time = nnx.Linear(time, 2 * outputs, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
-        self.way_round = (
-            nnx.Conv(inputs, outputs, (1, 1), rngs=rngs) if inputs != outputs else None
-        )
+        self.dropout = dropout_layer(dropout, rngs)
+        changes = inputs != outputs
+        self.way_round = conv((1, 1)) if changes else None
 
     def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
         """Map (batch, h, w, inputs), told codes (batch, time), to (..., outputs)."""
-        hidden = self.first(nnx.silu(self.norms[0](x)))
-        scale, shift = jnp.split(self.time(time)[:, None, None, :], 2, axis=-1)
-        hidden = nnx.silu(self.norms[1](hidden) * (1 + scale) + shift)
+        normed = self.norms[0](x)
+        hidden = self.first(nnx.silu(normed))
+        told = self.time(time)[:, None, None, :]
+        scale, shift = jnp.split(told, 2, axis=-1)
+        normed = self.norms[1](hidden)
+        hidden = nnx.silu(normed * (1 + scale) + shift)
         if self.dropout is not None:
             hidden = self.dropout(hidden)
         if self.way_round is not None:
@@ -96,13 +97,13 @@ class Whole(nnx.Module):
     ):
         *grid, channels = shape
         numbers = math.prod(grid) * narrow
-        groups = math.gcd(channels, GROUPS)
+        linear = partial(nnx.Linear, rngs=rngs)
         self.narrow = narrow
-        self.norm = nnx.GroupNorm(channels, num_groups=groups, rngs=rngs)
+        self.norm = group_norm(channels, rngs)
         self.enter = nnx.Conv(channels, narrow, (1, 1), rngs=rngs)
-        self.first = nnx.Linear(numbers, units, rngs=rngs)
-        self.time = nnx.Linear(time, 2 * units, rngs=rngs)
-        self.second = nnx.Linear(units, numbers, rngs=rngs)
+        self.first = linear(numbers, units)
+        self.time = linear(time, 2 * units)
+        self.second = linear(units, numbers)
         self.leave = nnx.Conv(
             narrow,
             channels,
@@ -114,10 +115,13 @@ class Whole(nnx.Module):
     def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
         """Map (batch, height, width, channels), told codes (batch, time), to alike."""
         batch, height, width, _ = x.shape
-        hidden = self.enter(self.norm(x)).reshape(batch, -1)
+        hidden = self.enter(self.norm(x))
+        hidden = hidden.reshape(batch, -1)
         scale, shift = jnp.split(self.time(time), 2, axis=-1)
-        hidden = nnx.silu(self.first(hidden) * (1 + scale) + shift)
-        hidden = self.second(hidden).reshape(batch, height, width, self.narrow)
+        hidden = self.first(hidden) * (1 + scale)
+        hidden = nnx.silu(hidden + shift)
+        hidden = self.second(hidden)
+        hidden = hidden.reshape(batch, height, width, self.narrow)
         return x + self.leave(hidden)
 
 
@@ -158,18 +162,18 @@ class UNet(nnx.Module):
         self.width = width
 
         def row(inputs: int, outputs: int) -> nnx.List:
-            widths = [inputs] + [outputs] * (blocks - 1)
-            return nnx.List(
-                [Block(n, outputs, time, dropout, rngs=rngs) for n in widths]
-            )
+            row = [Block(inputs, outputs, time, dropout, rngs=rngs)]
+            for _ in range(blocks - 1):
+                row.append(Block(outputs, outputs, time, dropout, rngs=rngs))
+            return nnx.List(row)
 
-        self.time = nnx.List(
-            [nnx.Linear(n, time, rngs=rngs) for n in (width, time)],
-        )
+        linears = [nnx.Linear(n, time, rngs=rngs) for n in (width, time)]
+        pointwise = partial(nnx.Conv, kernel_size=(1, 1), rngs=rngs)
+        self.time = nnx.List(linears)
         self.classes = nnx.Embed(classes, time, rngs=rngs)
         self.input = nnx.Conv(4 * channels, width, (3, 3), rngs=rngs)
         self.down = row(width, width)
-        self.lower = nnx.Conv(4 * width, 2 * width, (1, 1), rngs=rngs)
+        self.lower = pointwise(4 * width, 2 * width)
         self.whole = Whole(
             (height // 4, length // 4, 2 * width),
             max(width // 2, 1),
@@ -178,9 +182,9 @@ class UNet(nnx.Module):
             rngs=rngs,
         )
         self.bottom = row(2 * width, 2 * width)
-        self.upper = nnx.Conv(2 * width, 4 * width, (1, 1), rngs=rngs)
+        self.upper = pointwise(2 * width, 4 * width)
         self.up = row(2 * width, width)
-        self.norm = nnx.GroupNorm(width, num_groups=math.gcd(width, GROUPS), rngs=rngs)
+        self.norm = group_norm(width, rngs)
         self.output = nnx.Conv(
             width,
             4 * channels,
@@ -202,20 +206,24 @@ class UNet(nnx.Module):
           time: (batch,), from 0 to 1.
           classes: (batch,), from 0.
         """
-        code = nnx.silu(self.time[0](time_codes(time, self.width)))
-        code = nnx.silu(self.time[1](code) + self.classes(classes))
+        code = self.time[0](time_codes(time, self.width))
+        code = self.time[1](nnx.silu(code))
+        code = nnx.silu(code + self.classes(classes))
         x = self.input(folded(images))
         for block in self.down:
             x = block(x, code)
 
-        low = self.whole(self.lower(folded(x)), code)
+        low = self.lower(folded(x))
+        low = self.whole(low, code)
         for block in self.bottom:
             low = block(low, code)
 
-        x = jnp.concatenate([x, enlarged(self.upper(low))], axis=-1)
+        high = enlarged(self.upper(low))
+        x = jnp.concatenate([x, high], axis=-1)
         for block in self.up:
             x = block(x, code)
-        return enlarged(self.output(nnx.silu(self.norm(x))))
+        x = nnx.silu(self.norm(x))
+        return enlarged(self.output(x))
 
 
 class Diffusion(nnx.Module):
@@ -290,11 +298,14 @@ class Diffusion(nnx.Module):
         count = images.shape[0]
         if classes is None:
             classes = jnp.zeros(count, jnp.int32)
-        untold = jax.random.bernoulli(self.rngs.noise(), UNTOLD_SHARE, (count,))
+        key = self.rngs.noise()
+        untold = jax.random.bernoulli(key, UNTOLD_SHARE, (count,))
         classes = jnp.where(untold, len(self.shares), classes)
-        noise = jax.random.normal(self.rngs.noise(), images.shape, images.dtype)
-        time = nnx.sigmoid(jax.random.normal(self.rngs.noise(), (count,)))
-        share = time.astype(images.dtype)[:, None, None, None]
+        key = self.rngs.noise()
+        noise = jax.random.normal(key, images.shape, images.dtype)
+        key = self.rngs.noise()
+        time = nnx.sigmoid(jax.random.normal(key, (count,)))
+        share = _by_image(time, images.dtype)
         mixed = (1 - share) * images + share * noise
         return {
             "predicted": self.direction(mixed, time, classes),
@@ -314,13 +325,15 @@ class Diffusion(nnx.Module):
           time: (batch,), from 0 to 1.
           classes: (batch,), from 0; their number for one that is not told.
         """
-        noise = time.astype(mixed.dtype)[:, None, None, None]
+        noise = _by_image(time, mixed.dtype)
         image = (1 - noise) * DEVIATION
         variance = noise**2 + image**2
         # the best guess for independent normal pixels
         known = (noise - image * DEVIATION) / variance * mixed
         scale = jax.lax.rsqrt(variance)
-        return known + DEVIATION * scale * self.net(scale * mixed, time, classes)
+        missing = DEVIATION * scale
+        missing = missing * self.net(scale * mixed, time, classes)
+        return known + missing
 
     def samples(self, key: jax.Array, count: int) -> jax.Array:
         """Return images (count, height, width, channels), from 0 to 1."""
@@ -344,11 +357,13 @@ class Diffusion(nnx.Module):
             second = way(x - pace * first, now - pace)
             return x - pace * (first + second) / 2
 
-        noise = jax.random.normal(keys[1], (count, *self.size))
+        shape = (count, *self.size)
+        noise = jax.random.normal(keys[1], shape)
         near = jax.lax.fori_loop(0, self.steps - 1, back, noise)
         # the last step has no correction: at the time 0 there is no way to ask for
         images = near - pace * way(near, pace)
-        return jnp.clip((images + 1) / 2, 0, 1)
+        images = (images + 1) / 2
+        return jnp.clip(images, 0, 1)
 
 
 def direction_loss(outputs: dict[str, jax.Array], targets: object) -> jax.Array:
@@ -360,11 +375,25 @@ def direction_loss(outputs: dict[str, jax.Array], targets: object) -> jax.Array:
     """
     del targets
     apart = outputs["predicted"] - outputs["direction"]
-    return (apart.reshape(apart.shape[0], -1) ** 2).mean(-1)
+    apart = apart.reshape(apart.shape[0], -1)
+    return (apart**2).mean(-1)
+
+
+def group_norm(channels: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    """Return a norm of groups of channels, as many of `GROUPS` as divide them."""
+    groups = math.gcd(channels, GROUPS)
+    return nnx.GroupNorm(channels, num_groups=groups, rngs=rngs)
+
+
+def _by_image(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Return (batch, 1, 1, 1), which meets all pixels of an image."""
+    return x.astype(dtype)[:, None, None, None]
 
 
 def time_codes(time: jax.Array, width: int) -> jax.Array:
     """Return sines and cosines of times (batch,) from 0 to 1, (batch, width)."""
-    exponents = jnp.arange(width // 2) / (width // 2)
+    pairs = width // 2
+    exponents = jnp.arange(pairs) / pairs
     angles = TIME_SCALE * time[:, None] * LONGEST_PERIOD**-exponents
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    parts = [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.concatenate(parts, axis=-1)

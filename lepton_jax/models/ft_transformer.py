@@ -135,8 +135,9 @@ class _Block(nnx.Module):
             rngs=rngs,
         )
         self.norm = norm()
-        self.widen = nnx.Linear(width, 2 * inner, rngs=rngs)
-        self.narrow = nnx.Linear(inner, width, rngs=rngs)
+        linear = partial(nnx.Linear, rngs=rngs)
+        self.widen = linear(width, 2 * inner)
+        self.narrow = linear(inner, width)
         self.dropout = dropout_of(dropout, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -56,10 +57,11 @@ class Generator(nnx.Module):
                 for n in (deep, deep, width, width)
             ]
         )
-        self.low = nnx.Conv(deep, deep, (3, 3), rngs=rngs)
-        self.middle = nnx.Conv(deep, 4 * width, (3, 3), rngs=rngs)
-        self.high = nnx.Conv(width, width, (3, 3), rngs=rngs)
-        self.output = nnx.Conv(width, 4 * channels, (3, 3), rngs=rngs)
+        conv = partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
+        self.low = conv(deep, deep)
+        self.middle = conv(deep, 4 * width)
+        self.high = conv(width, width)
+        self.output = conv(width, 4 * channels)
 
     def __call__(self, noise: jax.Array, classes: jax.Array) -> jax.Array:
         """Map noise (batch, latent) and classes (batch,) to images in -1 to 1.
@@ -68,13 +70,19 @@ class Generator(nnx.Module):
           Images (batch, height, width, channels).
         """
         wanted = jax.nn.one_hot(classes, self.classes, dtype=noise.dtype)
-        x = self.input(jnp.concatenate([noise, wanted], axis=-1))
-        x = x.reshape(-1, *self.start)
-        x = x + self.low(nnx.relu(self.norms[0](x)))
-        x = enlarged(self.middle(nnx.relu(self.norms[1](x))))
-        x = x + self.high(nnx.relu(self.norms[2](x)))
-        x = self.output(nnx.relu(self.norms[3](x)))
+        x = jnp.concatenate([noise, wanted], axis=-1)
+        x = self.input(x).reshape(-1, *self.start)
+        x = x + self.low(self._active(0, x))
+        x = self.middle(self._active(1, x))
+        x = enlarged(x)
+        x = x + self.high(self._active(2, x))
+        x = self.output(self._active(3, x))
         return jnp.tanh(enlarged(x))
+
+    def _active(self, number: int, x: jax.Array) -> jax.Array:
+        """Return what a convolution sees: normalized and rectified."""
+        normed = self.norms[number](x)
+        return nnx.relu(normed)
 
 
 class Discriminator(nnx.Module):
@@ -104,9 +112,10 @@ class Discriminator(nnx.Module):
         height, length, channels = checked(size)
         deep = 2 * width
         self.classes = classes
-        self.first = nnx.Conv(4 * channels, width, (3, 3), rngs=rngs)
-        self.second = nnx.Conv(4 * width, deep, (3, 3), rngs=rngs)
-        self.third = nnx.Conv(deep, deep, (3, 3), rngs=rngs)
+        conv = partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
+        self.first = conv(4 * channels, width)
+        self.second = conv(4 * width, deep)
+        self.third = conv(deep, deep)
         self.output = nnx.Linear(
             height // 4 * (length // 4) * deep,
             classes,
@@ -120,10 +129,12 @@ class Discriminator(nnx.Module):
           images: in -1 to 1.
           classes: (batch,), from 0.
         """
-        x = nnx.leaky_relu(self.first(folded(images)), SLOPE)
-        x = nnx.leaky_relu(self.second(folded(x)), SLOPE)
-        x = x + nnx.leaky_relu(self.third(x), SLOPE)
-        logits = self.output(x.reshape(x.shape[0], -1))
+        active = partial(nnx.leaky_relu, negative_slope=SLOPE)
+        x = active(self.first(folded(images)))
+        x = active(self.second(folded(x)))
+        x = x + active(self.third(x))
+        x = x.reshape(x.shape[0], -1)
+        logits = self.output(x)
         asked = jax.nn.one_hot(classes, self.classes, dtype=logits.dtype)
         return (logits * asked).sum(-1)
 
@@ -194,13 +205,16 @@ class GAN(nnx.Module):
         if classes is None:
             classes = jnp.zeros(count, jnp.int32)
         shape = (count, self.generator.latent)
-        noise = jax.random.normal(self.rngs.noise(), shape, images.dtype)
+        key = self.rngs.noise()
+        noise = jax.random.normal(key, shape, images.dtype)
         made = self.generator(noise, classes)
 
         graph, parameters = nnx.split(self.discriminator)
-        judge = nnx.merge(graph, jax.lax.stop_gradient(parameters))
+        parameters = jax.lax.stop_gradient(parameters)
+        judge = nnx.merge(graph, parameters)
         real, steep = self._judged(images, classes)
-        fake, steep_too = self._judged(jax.lax.stop_gradient(made), classes)
+        still = jax.lax.stop_gradient(made)
+        fake, steep_too = self._judged(still, classes)
         return {
             "real": real,
             "fake": fake,
@@ -219,15 +233,19 @@ class GAN(nnx.Module):
             logits = self.discriminator(images, classes)
             return logits.sum(), logits
 
-        slopes, logits = jax.grad(total, has_aux=True)(images)
-        return logits, (slopes**2).sum(range(1, slopes.ndim))
+        gradient = jax.grad(total, has_aux=True)
+        slopes, logits = gradient(images)
+        pixels = range(1, slopes.ndim)
+        return logits, (slopes**2).sum(pixels)
 
     def samples(self, key: jax.Array, count: int) -> jax.Array:
         """Return images (count, height, width, channels), from 0 to 1."""
         keys = jax.random.split(key)
         classes = drawn_classes(keys[0], self.shares, count)
-        noise = jax.random.normal(keys[1], (count, self.generator.latent))
-        return (self.generator(noise, classes) + 1) / 2
+        shape = (count, self.generator.latent)
+        noise = jax.random.normal(keys[1], shape)
+        images = self.generator(noise, classes)
+        return (images + 1) / 2
 
 
 def adversarial_loss(
@@ -250,8 +268,10 @@ def adversarial_loss(
       penalty: the p of above.
     """
     del targets
-    judged = nnx.softplus(outputs["fake"] - outputs["real"])
-    made = nnx.softplus(jax.lax.stop_gradient(outputs["real"]) - outputs["fooled"])
+    real = outputs["real"]
+    judged = nnx.softplus(outputs["fake"] - real)
+    still = jax.lax.stop_gradient(real)
+    made = nnx.softplus(still - outputs["fooled"])
     return judged + penalty / 2 * outputs["steepness"] + made
 
 
@@ -261,14 +281,15 @@ def drawn_classes(
     count: int,
 ) -> jax.Array:
     """Draw classes (count,), each as often as its share says."""
-    return jax.random.categorical(key, jnp.log(jnp.asarray(shares)), shape=(count,))
+    logits = jnp.log(jnp.asarray(shares))
+    return jax.random.categorical(key, logits, shape=(count,))
 
 
 def enlarged(x: jax.Array) -> jax.Array:
     """Turn channels into pixels: (b, h, w, 4 c) to (b, 2 h, 2 w, c)."""
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height, width, 2, 2, channels // 4)
-    x = x.transpose(0, 1, 3, 2, 4, 5)
+    x = jnp.swapaxes(x, 2, 3)
     return x.reshape(batch, 2 * height, 2 * width, channels // 4)
 
 
@@ -276,7 +297,7 @@ def folded(x: jax.Array) -> jax.Array:
     """Turn pixels into channels: (b, 2 h, 2 w, c) to (b, h, w, 4 c)."""
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
-    x = x.transpose(0, 1, 3, 2, 4, 5)
+    x = jnp.swapaxes(x, 2, 3)
     return x.reshape(batch, height // 2, width // 2, 4 * channels)
 
 

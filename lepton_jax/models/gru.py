@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lepton_jax.models.dropping import dropout_layer
+
 
 class GRU(nnx.Module):
     """Embedding, one GRU layer, and logits.
@@ -66,7 +68,7 @@ class GRU(nnx.Module):
         self.recurrent = recur()
         self.backward_inputs = project() if bidirectional else None
         self.backward_recurrent = recur() if bidirectional else None
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.dropout = dropout_layer(dropout, rngs)
         width = 2 * hidden if bidirectional else hidden
         self.out = nnx.Linear(width, classes, rngs=rngs)
 
@@ -115,7 +117,9 @@ class GRU(nnx.Module):
         return total / count.astype(total.dtype)
 
     def _dropped(self, x: jax.Array) -> jax.Array:
-        return x if self.dropout is None else self.dropout(x)
+        if self.dropout is None:
+            return x
+        return self.dropout(x)
 
 
 def _step(

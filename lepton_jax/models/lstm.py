@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lepton_jax.models.dropping import dropout_layer
+
 
 class LSTM(nnx.Module):
     """Embedding, one LSTM layer, and logits.
@@ -77,7 +79,7 @@ class LSTM(nnx.Module):
         self.recurrent = recur()
         self.backward_inputs = project() if bidirectional else None
         self.backward_recurrent = recur() if bidirectional else None
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.dropout = dropout_layer(dropout, rngs)
         width = 2 * hidden if bidirectional else hidden
         self.out = nnx.Linear(width, classes, rngs=rngs)
 
@@ -126,7 +128,9 @@ class LSTM(nnx.Module):
         return total / count.astype(total.dtype)
 
     def _dropped(self, x: jax.Array) -> jax.Array:
-        return x if self.dropout is None else self.dropout(x)
+        if self.dropout is None:
+            return x
+        return self.dropout(x)
 
 
 def _step(

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
+from lepton_jax.models.dropping import dropout_layer
+
 
 class MLP(nnx.Module):
     """Linear layers with ReLU, and dropout if asked for, between them.
@@ -37,7 +39,7 @@ class MLP(nnx.Module):
         )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.dropout = dropout_layer(dropout, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map inputs (batch, ...), flattened, to outputs (batch, features[-1])."""

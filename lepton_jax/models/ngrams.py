@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lepton_jax.models.dropping import dropout_layer
 from lepton_jax.models.tabm import mean_of_outputs
 
 PADDING = 0  # the id that fills a text's list up
@@ -57,7 +58,7 @@ class NgramLinear(nnx.Module):
         self.ratios = Ratios(scales)
         self.weights = nnx.Param(jnp.full(shape, start, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(classes))
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.dropout = dropout_layer(dropout, rngs)
 
     def __call__(self, ngrams: jax.Array) -> jax.Array:
         """Map ids of distinct n-grams, (batch, count), to logits (batch, classes)."""

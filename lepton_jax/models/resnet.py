@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lepton_jax.models.dropping import dropout_layer
+
 # He et al. initialize for ReLU: by the outputs of a kernel (He et al. 2015, "Delving
 # Deep into Rectifiers", section 2.2).
 KERNEL = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -157,7 +159,7 @@ class ResNet(nnx.Module):
                 stages.append(block)
                 inner = width * 2**stage * widen
         self.blocks = nnx.List(stages)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.dropout = dropout_layer(dropout, rngs)
         self.out = nnx.Linear(inner, classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lepton_jax.models.dropping import dropout_layer
 from lepton_jax.models.mlp import MLP
 
 # Score of what is no candidate. It is finite, so that a loss of it is too.
 OUT = -1e9
 LEAST_SQUARE = 1e-12  # of a vector's length, before its root is divided by
+LEAST_WEIGHT = 1e-6  # of a history, before its weights are divided by it
 BITS = 32  # of a word in the table of what users have used
 
 Negatives = Literal["all", "in_batch", "sampled"]
@@ -104,31 +106,24 @@ class Retrieval(nnx.Module):
         self.item_dropout = item_dropout
         self.deterministic = deterministic
 
-        normal = nnx.initializers.normal(dim**-0.5)
-
-        def embedding(rows: int) -> nnx.Embed:
-            return nnx.Embed(rows, dim, embedding_init=normal, rngs=rngs)
-
+        embedding = partial(_embedding, dim=dim, rngs=rngs)
         self.users = embedding(users) if users else None
         self.items = embedding(items)
-        self.history = embedding(items) if history and not tied else None
-        # by one over how long ago: the item used last counts most
-        ago = -jnp.log(jnp.arange(1.0, history + 1))
-        self.recency = nnx.Param(ago) if history else None
+        has_table = history and not tied
+        self.history = embedding(items) if has_table else None
+        self.recency = _recency(history)
         table = _padded(features)
-        self.features = embedding(int(table.max()) + 1) if table.size else None
-        self.feature_table = Known(jnp.asarray(table)) if table.size else None
-        zeros = nnx.initializers.zeros_init()
-        biases = partial(nnx.Embed, items, 1, embedding_init=zeros, rngs=rngs)
-        self.biases = biases() if popularity else None
-        counted = np.asarray(counts if len(counts) else np.ones(items), np.float32)
-        self.counts = Known(jnp.asarray(counted))
-        self.used = Known(jnp.asarray(_bits(used, items))) if len(used) else None
+        rows = table.max() + 1 if table.size else 0
+        self.features = embedding(int(rows)) if rows else None
+        self.feature_table = _known(table) if table.size else None
+        self.biases = _biases(items, rngs) if popularity else None
+        self.counts = _known(_counted(counts, items))
+        self.used = _known(_bits(used, items)) if len(used) else None
 
-        widths = (dim, *hidden, dim)
-        self.user_tower = MLP(widths, dropout=dropout, rngs=rngs) if hidden else None
-        self.item_tower = MLP(widths, dropout=dropout, rngs=rngs) if hidden else None
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        tower = partial(MLP, (dim, *hidden, dim), dropout=dropout, rngs=rngs)
+        self.user_tower = tower() if hidden else None
+        self.item_tower = tower() if hidden else None
+        self.dropout = dropout_layer(dropout, rngs)
         draws = negatives == "sampled" or item_dropout
         self.draws = rngs.negatives.fork() if draws else None
 
@@ -151,7 +146,8 @@ class Retrieval(nnx.Module):
         """
         vectors = self.user_vectors(user, history)
         if self.deterministic:
-            scores = self._scores(vectors, jnp.arange(self.items.num_embeddings))
+            every = jnp.arange(self.items.num_embeddings)
+            scores = self._scores(vectors, every)
             return self._without_used(scores, user)
         if item is None:
             raise ValueError("training needs the item of each row")
@@ -160,12 +156,14 @@ class Retrieval(nnx.Module):
         scores = self._scores(vectors, others) - correction
         is_own = others == item[:, None]
         if self.negatives == "all":
-            own = jnp.take_along_axis(scores, item[:, None], axis=1)[:, 0]
+            column = item[:, None]
+            own = jnp.take_along_axis(scores, column, axis=1)[:, 0]
         elif self.negatives == "in_batch":
             own = jnp.diagonal(scores)
         else:
             own = self._pair_scores(vectors, item)
-        return {"own": own, "others": jnp.where(is_own, OUT, scores)}
+        others = jnp.where(is_own, OUT, scores)
+        return {"own": own, "others": others}
 
     def user_vectors(
         self,
@@ -173,16 +171,13 @@ class Retrieval(nnx.Module):
         history: jax.Array | None = None,
     ) -> jax.Array:
         """Return the vectors (batch, dim) of users with their histories."""
-        parts = [] if self.users is None else [self.users(user)]
+        parts = []
+        if self.users is not None:
+            parts.append(self.users(user))
         if self.recency is not None:
             if history is None:
                 raise ValueError("the model needs the items that a user has used last")
-            is_there = history >= 0
-            weights = jnp.exp(self.recency[...]) * is_there
-            weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-6)
-            table = self.items if self.history is None else self.history
-            rows = table(jnp.where(is_there, history, 0))
-            parts.append(jnp.einsum("bl,bld->bd", weights, rows))
+            parts.append(self._history_vectors(history, self.recency[...]))
         vectors = sum(parts[1:], parts[0])
         if self.dropout is not None:
             vectors = self.dropout(vectors)
@@ -192,23 +187,38 @@ class Retrieval(nnx.Module):
 
     def item_vectors(self, item: jax.Array) -> jax.Array:
         """Return the vectors (count, dim) of items (count,)."""
-        is_known = (self.counts[...][item] > 0).astype(jnp.float32)
-        if self.item_dropout and not self.deterministic and self.draws is not None:
+        is_known = self._is_known(item).astype(jnp.float32)
+        is_training = not self.deterministic
+        if self.item_dropout and is_training and self.draws is not None:
             stays = 1 - self.item_dropout
-            is_kept = jax.random.bernoulli(self.draws(), stays, item.shape)
+            key = self.draws()
+            is_kept = jax.random.bernoulli(key, stays, item.shape)
             is_known = is_known * is_kept
         vectors = self.items(item) * is_known[:, None]
         if self.features is not None and self.feature_table is not None:
             of_item = self.feature_table[...][item]
-            is_there = (of_item >= 0).astype(jnp.float32)
-            count = jnp.maximum(is_there.sum(-1, keepdims=True), 1)
-            rows = self.features(jnp.maximum(of_item, 0))
-            vectors = vectors + jnp.einsum("cf,cfd->cd", is_there / count, rows)
+            vectors = vectors + _mean_of_features(self.features, of_item)
         if self.item_tower is not None:
             vectors = self.item_tower(vectors)
         return _of_length_one(vectors) if self.cosine else vectors
 
     # ---- internals ----
+
+    def _history_vectors(self, history: jax.Array, recency: jax.Array) -> jax.Array:
+        """Return the weighted means (batch, dim) of the items used last."""
+        is_there = history >= 0
+        weights = jnp.exp(recency) * is_there
+        total = weights.sum(-1, keepdims=True)
+        weights = weights / jnp.maximum(total, LEAST_WEIGHT)
+        table = self.items
+        if self.history is not None:
+            table = self.history
+        used = jnp.where(is_there, history, 0)
+        return jnp.einsum("bl,bld->bd", weights, table(used))
+
+    def _is_known(self, item: jax.Array) -> jax.Array:
+        """Return whether anybody has used each item."""
+        return self.counts[...][item] > 0
 
     def _scores(self, vectors: jax.Array, item: jax.Array) -> jax.Array:
         """Return the scores (batch, count) of items (count,)."""
@@ -217,7 +227,8 @@ class Retrieval(nnx.Module):
 
     def _pair_scores(self, vectors: jax.Array, item: jax.Array) -> jax.Array:
         """Return the scores (batch,) of an item for each user."""
-        scores = (vectors * self.item_vectors(item)).sum(-1)
+        products = vectors * self.item_vectors(item)
+        scores = products.sum(-1)
         return self._scaled(scores) + self._bias(item)
 
     def _scaled(self, scores: jax.Array) -> jax.Array:
@@ -227,7 +238,8 @@ class Retrieval(nnx.Module):
         if self.biases is None:
             return 0.0
         # what nobody has used has a bias that was never learned
-        return self.biases(item)[:, 0] * (self.counts[...][item] > 0)
+        biases = self.biases(item)[:, 0]
+        return biases * self._is_known(item)
 
     def _candidates(self, item: jax.Array) -> tuple[jax.Array, Any]:
         """Return the candidates (count,), and what their scores are lowered by."""
@@ -236,10 +248,12 @@ class Retrieval(nnx.Module):
         if self.negatives == "all":
             return jnp.arange(len(counts)), unknown
         if self.negatives == "in_batch":
-            share = jnp.maximum(counts[item], 1) / jnp.maximum(counts.sum(), 1)
+            own = jnp.maximum(counts[item], 1)
+            share = own / jnp.maximum(counts.sum(), 1)
             return item, jnp.log(share)
         assert self.draws is not None
-        drawn = jax.random.randint(self.draws(), (self.samples,), 0, len(counts))
+        key = self.draws()
+        drawn = jax.random.randint(key, (self.samples,), 0, len(counts))
         # each drawn item stands for as many as were not drawn
         lower = jnp.log(self.samples / len(counts))
         return drawn, unknown[drawn] + lower
@@ -249,7 +263,8 @@ class Retrieval(nnx.Module):
             return scores
         words = self.used[...][user]
         items = jnp.arange(scores.shape[-1])
-        bits = words[:, items // BITS] >> (items % BITS).astype(jnp.uint32)
+        words = words[:, items // BITS]
+        bits = words >> (items % BITS).astype(jnp.uint32)
         return jnp.where(bits & 1, OUT, scores)
 
 
@@ -281,7 +296,8 @@ def _check(
 def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
     """Return rows of indices as int32 (rows, longest), filled up with -1."""
     longest = max(map(len, rows), default=0)
-    table = np.full((len(rows), longest), -1, np.int32)
+    shape = (len(rows), longest)
+    table = np.full(shape, -1, np.int32)
     for filled, row in zip(table, rows, strict=True):
         filled[: len(row)] = row
     return table
@@ -289,13 +305,54 @@ def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
 
 def _bits(rows: Sequence[Sequence[int]], items: int) -> np.ndarray:
     """Return uint32 (rows, words), in which bit i of a row says that it holds i."""
-    words = np.zeros((len(rows), -(-items // BITS)), np.uint32)
+    shape = (len(rows), -(-items // BITS))
+    words = np.zeros(shape, np.uint32)
     for row, held in zip(words, rows, strict=True):
         index = np.asarray(held, np.int64)
-        np.bitwise_or.at(
-            row, index // BITS, np.uint32(1) << (index % BITS).astype("u4")
-        )
+        place = (index % BITS).astype("u4")
+        np.bitwise_or.at(row, index // BITS, np.uint32(1) << place)
     return words
+
+
+def _embedding(rows: int, dim: int, rngs: nnx.Rngs) -> nnx.Embed:
+    normal = nnx.initializers.normal(dim**-0.5)
+    return nnx.Embed(rows, dim, embedding_init=normal, rngs=rngs)
+
+
+def _biases(items: int, rngs: nnx.Rngs) -> nnx.Embed:
+    zeros = nnx.initializers.zeros_init()
+    return nnx.Embed(items, 1, embedding_init=zeros, rngs=rngs)
+
+
+def _recency(history: int) -> nnx.Param | None:
+    """Return the weights' logarithms: the item used last counts most.
+
+    An item counts by one over how long ago it was used.
+    """
+    if not history:
+        return None
+    ago = jnp.arange(1.0, history + 1)
+    return nnx.Param(-jnp.log(ago))
+
+
+def _counted(counts: Sequence[int], items: int) -> np.ndarray:
+    """Return how many rows each item has; 1 where nothing is known."""
+    if not len(counts):
+        return np.ones(items, np.float32)
+    return np.asarray(counts, np.float32)
+
+
+def _known(x: np.ndarray) -> Known:
+    return Known(jnp.asarray(x))
+
+
+def _mean_of_features(table: nnx.Embed, features: jax.Array) -> jax.Array:
+    """Return the means (count, dim) of the embeddings of features; -1 is none."""
+    is_there = (features >= 0).astype(jnp.float32)
+    count = is_there.sum(-1, keepdims=True)
+    count = jnp.maximum(count, 1)
+    rows = table(jnp.maximum(features, 0))
+    return jnp.einsum("cf,cfd->cd", is_there / count, rows)
 
 
 def _of_length_one(x: jax.Array) -> jax.Array:

@@ -27,6 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lepton_jax.models.dropping import dropout_layer
+
 KINDS = ("codes", "linear", "piecewise", "periodic")
 FREQUENCIES = 48  # of a periodic embedding (Gorishniy et al. 2022, appendix E.6)
 # Standard deviation of the frequencies at first, per unit of a number that has mean 0
@@ -220,7 +222,7 @@ def dropout_of(
     """
     if not 0 <= share < 1:
         raise ValueError(f"dropout is {share}; it must be at least 0 and below 1")
-    return nnx.Dropout(share, rngs=rngs) if share else None
+    return dropout_layer(share, rngs)
 
 
 # ---- internals ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -53,7 +54,8 @@ class TabularResNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.front = TabularFront(**front, rngs=rngs)
-        self.first = nnx.Linear(self.front.width, width, rngs=rngs)
+        linear = partial(nnx.Linear, rngs=rngs)
+        self.first = linear(self.front.width, width)
         self.blocks = nnx.List(
             [
                 _Block(width, inner, dropout, residual_dropout, rngs)
@@ -62,7 +64,7 @@ class TabularResNet(nnx.Module):
         )
         self.norm = nnx.BatchNorm(width, rngs=rngs)
         self.scaled = Scaled(outputs, center, spread)
-        self.last = nnx.Linear(width, self.scaled.width, rngs=rngs)
+        self.last = linear(width, self.scaled.width)
 
     def __call__(
         self,
@@ -92,8 +94,9 @@ class _Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.norm = nnx.BatchNorm(width, rngs=rngs)
-        self.widen = nnx.Linear(width, inner, rngs=rngs)
-        self.narrow = nnx.Linear(inner, width, rngs=rngs)
+        linear = partial(nnx.Linear, rngs=rngs)
+        self.widen = linear(width, inner)
+        self.narrow = linear(inner, width)
         self.dropout = dropout_of(dropout, rngs)
         self.residual_dropout = dropout_of(residual_dropout, rngs)
 

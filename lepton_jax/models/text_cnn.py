@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lepton_jax.models.dropping import dropout_layer
+
 PADDING = 0  # the token that fills a text up
 
 
@@ -50,7 +52,7 @@ class TextCNN(nnx.Module):
                 for width in widths
             ]
         )
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.dropout = dropout_layer(dropout, rngs)
         whole = nnx.Dropout(word_dropout, broadcast_dims=(2,), rngs=rngs)
         self.word_dropout = whole if word_dropout else None
         self.out = nnx.Linear(len(widths) * filters, classes, rngs=rngs)

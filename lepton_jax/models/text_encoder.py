@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lepton_jax.models.dropping import dropout_layer
 from lepton_jax.models.transformer import rotary
 
 PADDING = 0  # the token that fills a text up
@@ -50,7 +51,7 @@ class EncoderLayer(nnx.Module):
         self.feed_forward_norm = nnx.LayerNorm(dim, rngs=rngs)
         self.up = linear(dim, WIDENING * dim)
         self.down = linear(WIDENING * dim, dim)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.dropout = dropout_layer(dropout, rngs)
 
     def __call__(self, x: jax.Array, present: jax.Array) -> jax.Array:
         """Map x (batch, length, dim) to the same shape.
@@ -80,7 +81,9 @@ class EncoderLayer(nnx.Module):
         return self.mix(mixed.reshape(batch, length, -1))
 
     def _dropped(self, x: jax.Array) -> jax.Array:
-        return x if self.dropout is None else self.dropout(x)
+        if self.dropout is None:
+            return x
+        return self.dropout(x)
 
 
 class TextEncoder(nnx.Module):
@@ -135,7 +138,7 @@ class TextEncoder(nnx.Module):
         )
         self.layers = nnx.List([layer() for _ in range(layers)])
         self.norm = nnx.LayerNorm(dim, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.dropout = dropout_layer(dropout, rngs)
         self.out = nnx.Linear(dim, classes, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -157,4 +160,6 @@ class TextEncoder(nnx.Module):
         return self.out(self._dropped(mean))
 
     def _dropped(self, x: jax.Array) -> jax.Array:
-        return x if self.dropout is None else self.dropout(x)
+        if self.dropout is None:
+            return x
+        return self.dropout(x)

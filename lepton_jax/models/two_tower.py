@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 from flax import nnx
@@ -41,8 +42,9 @@ class TwoTower(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.center = center
-        self.users = nnx.Embed(users, dim, rngs=rngs)
-        self.items = nnx.Embed(items, dim, rngs=rngs)
+        embed = partial(nnx.Embed, rngs=rngs)
+        self.users = embed(users, dim)
+        self.items = embed(items, dim)
         widths = (dim, *hidden, width)
         self.user_tower = MLP(widths, dropout=dropout, rngs=rngs)
         self.item_tower = MLP(widths, dropout=dropout, rngs=rngs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +53,9 @@ class Decoder(nnx.Module):
         self.norms = nnx.List(
             [nnx.GroupNorm(n, num_groups=8, rngs=rngs) for n in (2 * width, width)]
         )
-        self.middle = nnx.Conv(2 * width, 4 * width, (3, 3), rngs=rngs)
-        self.output = nnx.Conv(width, 4 * channels, (3, 3), rngs=rngs)
+        conv = partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
+        self.middle = conv(2 * width, 4 * width)
+        self.output = conv(width, 4 * channels)
 
     def __call__(self, code: jax.Array) -> jax.Array:
         """Map codes (batch, latent) to images (batch, h, w, channels) in -1 to 1."""
@@ -94,8 +96,9 @@ class VAE(nnx.Module):
             rngs=rngs,
         )
         height, length, channels = size
-        self.first = nnx.Conv(4 * channels, width, (3, 3), rngs=rngs)
-        self.second = nnx.Conv(4 * width, 2 * width, (3, 3), rngs=rngs)
+        conv = partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
+        self.first = conv(4 * channels, width)
+        self.second = conv(4 * width, 2 * width)
         self.code = nnx.Linear(
             height // 4 * (length // 4) * 2 * width,
             2 * latent,

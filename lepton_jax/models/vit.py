@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from lepton_jax.models.dropping import dropout_layer
 
 # Spread of the positions and extra tokens at first (Dosovitskiy et al. 2021, the
 # authors' code).
@@ -36,12 +39,13 @@ class EncoderBlock(nnx.Module):
     ):
         self.heads = heads
         self.attention_norm = nnx.LayerNorm(dim, rngs=rngs)
-        self.qkv = nnx.Linear(dim, 3 * dim, rngs=rngs)
-        self.out = nnx.Linear(dim, dim, rngs=rngs)
+        linear = partial(nnx.Linear, rngs=rngs)
+        self.qkv = linear(dim, 3 * dim)
+        self.out = linear(dim, dim)
         self.mlp_norm = nnx.LayerNorm(dim, rngs=rngs)
-        self.up = nnx.Linear(dim, hidden, rngs=rngs)
-        self.down = nnx.Linear(hidden, dim, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.up = linear(dim, hidden)
+        self.down = linear(hidden, dim)
+        self.dropout = dropout_layer(dropout, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (batch, length, dim) to the same shape."""
@@ -57,7 +61,9 @@ class EncoderBlock(nnx.Module):
         return self.out(mixed.reshape(x.shape))
 
     def _drop(self, x: jax.Array) -> jax.Array:
-        return x if self.dropout is None else self.dropout(x)
+        if self.dropout is None:
+            return x
+        return self.dropout(x)
 
 
 class ViT(nnx.Module):

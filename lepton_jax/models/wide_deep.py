@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lepton_jax.models.dropping import dropout_layer
 from lepton_jax.models.fields import Fields
 from lepton_jax.models.fm import FactorizationMachine
 
@@ -55,7 +56,7 @@ class WideDeep(nnx.Module):
             kernel_init=nnx.initializers.zeros,
             rngs=rngs,
         )
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.dropout = dropout_layer(dropout, rngs)
 
     def __call__(
         self,
@@ -77,4 +78,6 @@ class WideDeep(nnx.Module):
         return self.wide(numbers, categories) + self.out(x)[:, 0]
 
     def _dropped(self, x: jax.Array) -> jax.Array:
-        return x if self.dropout is None else self.dropout(x)
+        if self.dropout is None:
+            return x
+        return self.dropout(x)

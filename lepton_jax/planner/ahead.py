@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from lepton_jax.errors import PlanError
+from lepton_jax.errors import PlanError, first_line
 from lepton_jax.hardware import Topology, arrange
 
 # Variables without which libtpu asks a cloud host's metadata server who it is, for
@@ -245,7 +245,7 @@ def _described(topology: Topology) -> list[Any]:
                 )
                 devices = described.devices
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            refused.append(_first_line(error))
+            refused.append(first_line(error))
             continue
         if len(devices) == topology.devices:
             client: Any = getattr(devices[0], "client")  # noqa: B009
@@ -261,10 +261,6 @@ def _described(topology: Topology) -> list[Any]:
             " host's 2x2; pip install -U 'lepton-jax[tpu]' for newer chips"
         ),
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ from lepton_jax.planner.rewrite.stage_moves import (
 )
 from lepton_jax.planner.rewrite.staged_attention import STAGED_KERNELS
 from lepton_jax.step.training_loss import argument_paths
+from lepton_jax.trees import with_leaves
 
 # the primitives of kernels written with pallas, and of an array's layout in memory
 PALLAS = "pallas_call"
@@ -87,7 +88,7 @@ def laid_out(
 
         interpreter = _Interpreter(layout(graph, paths), mesh)
         results = interpreter.run(jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+        return with_leaves(shapes, results)
 
     return constrained
 

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lepton_jax.trees import is_real
+
 # Precisions whose name is not the dtype that the model computes in.
 COMPUTED_IN = {"fp8": "bfloat16", "int8": "bfloat16"}
 
@@ -49,6 +51,6 @@ def all_finite(tree: Any) -> jax.Array:
 
 def _floats_to(tree: Any, dtype: Any) -> Any:
     def convert(x: Any) -> Any:
-        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        return x.astype(dtype) if is_real(x) else x
 
     return jax.tree.map(convert, tree)

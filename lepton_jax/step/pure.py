@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from lepton_jax.compat import whole_axes
 from lepton_jax.errors import ModelError, nearest
 from lepton_jax.step.arguments import Arguments, Effect, Mode, draws, settled
 from lepton_jax.step.signature import call_of, read
-from lepton_jax.trees import by_path
+from lepton_jax.trees import by_path, is_inexact
 
 # Outside training each call draws the same random numbers: an evaluation can be
 # repeated, and is the same on each host.
@@ -216,7 +215,7 @@ def check_trainable(params: Any, where: str) -> None:
       ModelError: it has none, or is empty.
     """
     for path, leaf in by_path(params).items():
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if not is_inexact(leaf):
             raise ModelError(
                 f"the parameter {path!r} is {leaf.dtype}, which has no gradient",
                 where=where,

@@ -29,7 +29,7 @@ from lepton_jax.step.module import forward
 from lepton_jax.step.state import State
 from lepton_jax.step.training_loss import changed, prepared, training_loss
 from lepton_jax.train.program import Program
-from lepton_jax.trees import by_path
+from lepton_jax.trees import by_path, is_inexact, is_real
 
 # Seconds after which the search is given up: a person waits for the message
 # (assumption).
@@ -356,11 +356,7 @@ def _bad_inputs(batch: tuple[Any, Any]) -> list[str]:
     """Return the paths of inputs and targets that hold what is not finite."""
     inputs, targets = batch
     leaves = by_path({"inputs": inputs, "targets": targets})
-    floats = {
-        path: leaf
-        for path, leaf in leaves.items()
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
-    }
+    floats = {path: leaf for path, leaf in leaves.items() if is_real(leaf)}
     return [path for path, leaf in floats.items() if not jnp.isfinite(leaf).all()]
 
 
@@ -370,7 +366,7 @@ def _bad_rows(leaves: Sequence[Any]) -> np.ndarray | None:
     It is None if no array has such rows.
     """
     for leaf in leaves:
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if not is_inexact(leaf):
             continue
         rows = _not_finite_rows(leaf)
         if len(rows):

@@ -193,23 +193,28 @@ def _of_losses(
         )
 
 
+def _length_of_end(losses: np.ndarray) -> int:
+    """Return how many losses are an end of the run, the first ones or the last."""
+    return max(2, round(ENDS * len(losses)))
+
+
 def _ends(losses: np.ndarray) -> tuple[float, float]:
     """Return the mean loss of the first and of the last steps."""
-    count = max(2, round(ENDS * len(losses)))
+    count = _length_of_end(losses)
     return float(np.median(losses[:count])), float(losses[-count:].mean())
 
 
 def _error(losses: np.ndarray) -> float:
     """Return by how much the means of two ends may differ by chance."""
     later = losses[len(losses) // 2 :]
-    count = max(2, round(ENDS * len(losses)))
+    count = _length_of_end(losses)
     return float(ERRORS * later.std() / count**0.5)
 
 
 def _late_share(losses: np.ndarray) -> float:
     """Return the share of the loss's fall that falls to the last quarter of a run."""
     first, last = _ends(losses)
-    count = max(2, round(ENDS * len(losses)))
+    count = _length_of_end(losses)
     quarter = round(0.75 * len(losses))
     before = losses[quarter - count : quarter + count].mean()
     return float((before - last) / max(first - last, 1e-30))

@@ -58,7 +58,7 @@ from lepton_jax.step.training_loss import (
 from lepton_jax.train.compilation import Compilation, CompilationLog
 from lepton_jax.train.recovery import WEIGHT
 from lepton_jax.train.touched import Touching, micro_batches
-from lepton_jax.trees import by_path
+from lepton_jax.trees import by_path, with_leaves
 
 
 class _Gradients(NamedTuple):
@@ -962,7 +962,7 @@ def _filled(
 ) -> Any:
     """Return a pytree of leaves by path."""
     ordered = [leaves[path] for path in by_path(shapes)]
-    return jax.tree.unflatten(jax.tree.structure(shapes), ordered)
+    return with_leaves(shapes, ordered)
 
 
 def _shape_on(

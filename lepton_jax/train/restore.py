@@ -32,7 +32,7 @@ from lepton_jax.controller import with_rate_factor
 from lepton_jax.step.state import State
 from lepton_jax.train.program import Program
 from lepton_jax.train.run_record import RunRecord
-from lepton_jax.trees import by_path
+from lepton_jax.trees import by_path, with_leaves
 
 # Paths in a state: of parameters, and of the knobs' bases and their values.
 PARAMS = "params/"
@@ -421,7 +421,7 @@ def _with_leaves(
         return state
     old = by_path(state)
     leaves = [fresh.get(path, leaf) for path, leaf in old.items()]
-    return jax.tree.unflatten(jax.tree.structure(state), leaves)
+    return with_leaves(state, leaves)
 
 
 def _has_rate(state: State) -> bool:

@@ -33,6 +33,7 @@ HEADER = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s.*\{\s*$")
 LINE = re.compile(r"^\s+(ROOT\s+)?%([\w.\-]+) = ")
 # An array's type, such as f32[8,4].
 LEAF = re.compile(r"([a-z]\w*)\[([^\]]*)\]")
+PARENTHESIS = re.compile(r"[()]")
 # The attributes that name computations that an instruction runs.
 CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|branch_computations|true_computation|"
@@ -102,7 +103,7 @@ class Instruction:
 
     def numbers(self, key: str) -> list[int]:
         """Return the numbers in an attribute."""
-        return [int(n) for n in re.findall(r"\d+", self.get(key))]
+        return _integers(self.get(key))
 
     def called(self) -> list[tuple[str, str]]:
         """Return (role, computation) of those that it runs.
@@ -137,7 +138,9 @@ class Computation:
 
     def users(self, name: str) -> Iterator[Instruction]:
         """Yield the instructions that read the result of another."""
-        return (i for i in self.instructions.values() if name in i.operands)
+        for instruction in self.instructions.values():
+            if name in instruction.operands:
+                yield instruction
 
 
 def _bits(kind: str) -> int:
@@ -149,8 +152,9 @@ def _bits(kind: str) -> int:
 
 def _dims(text: str) -> tuple[int, ...]:
     """Return the extents in "8,<=4", where "<=" bounds a dynamic extent."""
-    numbers = [part.strip("<= ") for part in text.split(",")]
-    return tuple(int(number) for number in numbers if number.isdigit())
+    parts = [part.strip("<= ") for part in text.split(",")]
+    numbers = [int(part) for part in parts if part.isdigit()]
+    return tuple(numbers)
 
 
 def _balanced(text: str, start: int) -> int:
@@ -159,11 +163,18 @@ def _balanced(text: str, start: int) -> int:
     It is the end of the text if none does.
     """
     depth = 0
-    for match in re.compile(r"[()]").finditer(text, start):
+    for match in PARENTHESIS.finditer(text, start):
         depth += 1 if match[0] == "(" else -1
         if not depth:
             return match.end()
     return len(text)
+
+
+def _type_end(line: str, start: int) -> int:
+    """Return the index after the type that begins at `start`."""
+    if line[start] == "(":  # a tuple
+        return _balanced(line, start)
+    return line.index(" ", start)
 
 
 def instruction_of(
@@ -172,10 +183,10 @@ def instruction_of(
     name: str,
 ) -> Instruction:
     """Return the instruction of a line whose result's type begins at `start`."""
-    is_tuple = line[start] == "("
-    end = _balanced(line, start) if is_tuple else line.index(" ", start)
+    end = _type_end(line, start)
     bracket = line.find("(", end)
-    bracket = len(line) if bracket < 0 else bracket
+    if bracket < 0:
+        bracket = len(line)
     close = _balanced(line, bracket)
     inside = line[bracket + 1 : close - 1]
     return Instruction(
@@ -244,15 +255,17 @@ def _expanded(
         assert parts, form
         return _of_mesh(*parts.groups())
     if form.startswith("["):
-        return tuple(tuple(map(int, group)) for group in _iota(form))
-    groups = tuple(
-        tuple(map(int, re.findall(r"\d+", group)))
-        for group in re.findall(r"\{([\d,\s]*)\}", form[1:-1])
-    )
+        return _rows(_iota(form))
+    inner = re.findall(r"\{([\d,\s]*)\}", form[1:-1])
+    groups = tuple(tuple(_integers(group)) for group in inner)
     if groups or key == "source_target_pairs":
         return groups
     # No groups mean one of all devices.
     return (tuple(range(partitions)),)
+
+
+def _rows(numbers: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(map(int, row)) for row in numbers)
 
 
 def _iota(text: str) -> np.ndarray:
@@ -269,14 +282,16 @@ def _iota(text: str) -> np.ndarray:
     shape = _integers(match[1])
     source = _integers(match[2])
     order = _integers(match[3])
-    numbers: np.ndarray = np.arange(math.prod(source)).reshape(source)
+    numbers: np.ndarray = np.arange(math.prod(source))
+    numbers = numbers.reshape(source)
     if order:
         numbers = numbers.transpose(order)
     return numbers.reshape(shape) if shape else numbers
 
 
 def _integers(text: str | None) -> list[int]:
-    return [int(n) for n in re.findall(r"\d+", text or "")]
+    found = re.findall(r"\d+", text or "")
+    return [int(number) for number in found]
 
 
 class _AxisPart(NamedTuple):
@@ -308,7 +323,8 @@ def _of_mesh(
     """
     pairs = re.findall(r"'?([^',=]+)'?=(\d+)", axes)
     sizes = {name: int(size) for name, size in pairs}
-    numbers = _device_numbers(ids, math.prod(sizes.values()))
+    count = math.prod(sizes.values())
+    numbers = _device_numbers(ids, count)
     parts = []
     written = re.findall(r"'?([^',:{}]+)'?(?::\((\d+)\)(\d+))?", grouped)
     for name, before, size in written:
@@ -323,16 +339,18 @@ def _of_mesh(
     # The dim of the part of an axis that begins after `before` others.
     dims: dict[tuple[str, int], int] = {}
     for name, size in sizes.items():
-        for low, high in pairwise(_cuts(name, size, parts)):
+        cuts = _cuts(name, size, parts)
+        for low, high in pairwise(cuts):
             dims[name, low] = len(shape)
             shape.append(high // low)
 
     places = [(part.name, part.before) for part in parts]
     last = [dims[place] for place in places if place in dims]
-    order = [d for d in range(len(shape)) if d not in last] + last
-    width = math.prod(shape[d] for d in last)
-    rows = numbers.reshape(shape).transpose(order).reshape(-1, width)
-    return tuple(tuple(map(int, row)) for row in rows)
+    others = [dim for dim in range(len(shape)) if dim not in last]
+    width = math.prod(shape[dim] for dim in last)
+    numbers = numbers.reshape(shape)
+    numbers = numbers.transpose(others + last)
+    return _rows(numbers.reshape(-1, width))
 
 
 def _device_numbers(
@@ -355,7 +373,8 @@ def _cuts(
     cuts = {1, size}
     for part in parts:
         if part.name == name:
-            cuts |= {part.before, part.before * part.size}
+            cuts.add(part.before)
+            cuts.add(part.before * part.size)
     return sorted(cuts)
 
 
@@ -375,15 +394,14 @@ class Sources:
 
     def __init__(self, text: str):
         tables = _tables(text)
-        self.files = {
-            number: name.strip('"')
-            for number, name in tables.get("FileNames", {}).items()
-        }
+        files = tables.get("FileNames", {})
+        self.files = {number: name.strip('"') for number, name in files.items()}
         self.places = _parsed(tables.get("FileLocations", {}))
         self.frames = _parsed(tables.get("StackFrames", {}))
         # Some versions of XLA print a parent's number plus one, so that a root names
         # itself. In the others a root's parent is 0.
-        parents = [frame.get("parent_frame_id") for frame in self.frames.values()]
+        frames = self.frames.values()
+        parents = [frame.get("parent_frame_id") for frame in frames]
         self.shift = 0 if 0 in parents else 1
 
     def of(self, attributes: str) -> tuple[str, str, int]:
@@ -395,7 +413,8 @@ class Sources:
         line = re.search(r"source_line=(\d+)", data)
         op_name = name[1] if name else ""
         if file:
-            return op_name, file[1], int(line[1]) if line else 0
+            number = int(line[1]) if line else 0
+            return op_name, file[1], number
         frame = re.search(r"stack_frame_id=(\d+)", data)
         if not frame:
             return op_name, "", 0
@@ -409,14 +428,16 @@ class Sources:
         first = ("", 0)
         while frame in self.frames:
             row = self.frames[frame]
-            place = self.places.get(str(row["file_location_id"]), {})
+            location = str(row["file_location_id"])
+            place = self.places.get(location, {})
             number = str(place.get("file_name_id", 0))
             file = self.files.get(number, "")
             here = (file, place.get("line", 0))
             if file and not of_a_library(file):
                 return here
             first = first if first[0] else here
-            parent = str(row.get("parent_frame_id", 0) - self.shift)
+            above = row.get("parent_frame_id", 0)
+            parent = str(above - self.shift)
             frame = parent if parent != frame else ""
         return first
 
@@ -438,12 +459,15 @@ def _tables(text: str) -> dict[str, dict[str, str]]:
 
 def _tables_end(text: str) -> int:
     """Return where the tables end and the first computation begins."""
+    first = text.find("\n")
     match = re.search(
         r"^(?:ENTRY\s+)?%?[\w.\-]+ .*\{\s*$",
-        text[text.find("\n") :],
+        text[first:],
         re.MULTILINE,
     )
-    return match.start() + text.find("\n") if match else 0
+    if match is None:
+        return 0
+    return match.start() + first
 
 
 def _parsed(rows: dict[str, str]) -> dict[str, dict[str, int]]:

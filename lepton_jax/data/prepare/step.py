@@ -29,6 +29,10 @@ import polars as pl
 
 SPLIT = "lepton.split"  # name of the split of each row, String
 
+# What a step has learned from some of the rows, and from all of them.
+Partial = pl.DataFrame
+State = pl.DataFrame
+
 
 class Outcome(NamedTuple):
     """Result of a step: the rows that stay, and notes on the others.
@@ -78,7 +82,7 @@ class Step(ABC):
     def run(
         self,
         table: pl.LazyFrame,
-        state: pl.DataFrame | None,
+        state: State | None,
     ) -> Outcome:
         """Apply the step.
 
@@ -119,7 +123,7 @@ class Fitted(Step):
         """Return the partial state of some rows, possibly of none."""
 
     @abstractmethod
-    def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    def merge(self, partials: Sequence[Partial]) -> Partial:
         """Return the partial state of the rows of several partials, in their order.
 
         Merging in any grouping gives the same state: exactly for counts and sets, up to
@@ -127,7 +131,7 @@ class Fitted(Step):
         """
 
     @abstractmethod
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         """Return the state.
 
         Raises:

@@ -18,7 +18,7 @@ from lepton_jax.data.readers.counted import (
 from lepton_jax.data.readers.files import Stored
 from lepton_jax.data.readers.memory import plain_types
 from lepton_jax.data.readers.reader import Column, Piece, Rows
-from lepton_jax.errors import DataError
+from lepton_jax.errors import DataError, first_line
 
 MAGIC = b"ARROW1"
 STREAM = b"\xff\xff\xff\xff"  # the marker that each message of a stream begins with
@@ -168,7 +168,7 @@ class ArrowReader(CountedReader):
         return plain_types(frame)
 
     def _damaged(self, error: Exception) -> DataError:
-        message = str(error).strip().partition("\n")[0]
+        message = first_line(error)
         return DataError(
             f"the Arrow file can't be read: {message}",
             where=self.stored,

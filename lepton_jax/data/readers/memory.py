@@ -20,7 +20,7 @@ from lepton_jax.data.readers.counted import (
     table_digest,
 )
 from lepton_jax.data.readers.reader import Column, Piece, Rows
-from lepton_jax.errors import DataError
+from lepton_jax.errors import DataError, first_line
 
 _REMEDY = (
     "give a path, NumPy arrays or a dict of them, a pandas or Polars frame, an Arrow"
@@ -120,7 +120,7 @@ def reader_of_memory(
         raise
     except Exception as error:
         # The libraries raise classes of their own for values that have no one type.
-        message = str(error).strip().partition("\n")[0]
+        message = first_line(error)
         raise DataError(
             f"the {kind} is no table: {type(error).__name__}: {message}",
             where=name,

@@ -11,7 +11,7 @@ from lepton_jax.data.readers.counted import CountedReader, check_names, numbered
 from lepton_jax.data.readers.files import Stamp, Stored, digest
 from lepton_jax.data.readers.memory import plain_types
 from lepton_jax.data.readers.reader import Column, Piece, Rows
-from lepton_jax.errors import DataError
+from lepton_jax.errors import DataError, first_line
 
 
 class Group(NamedTuple):
@@ -199,7 +199,7 @@ class ParquetReader(CountedReader):
     def _damaged(self, error: Exception) -> DataError:
         if isinstance(error, DataError):
             return error
-        message = str(error).strip().partition("\n")[0]
+        message = first_line(error)
         return DataError(
             f"the Parquet file can't be read: {message}",
             where=self.stored,

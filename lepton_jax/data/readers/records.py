@@ -242,8 +242,8 @@ def delimiters_outside_quotes(data: bytes, grammar: Grammar) -> int:
     if not grammar.quote or grammar.quote not in data:
         return data.count(grammar.delimiter)
     array = _bytes(data)
-    quotes = np.flatnonzero(array == grammar.quote[0])
-    places = np.flatnonzero(array == grammar.delimiter[0])
+    quotes = _places_of(array, grammar.quote)
+    places = _places_of(array, grammar.delimiter)
     before = np.searchsorted(quotes, places)
     return int(np.count_nonzero(before % 2 == 0))
 
@@ -414,7 +414,7 @@ def _regular_ends(
     first_bad = len(text) + 1
     is_open = False
     if grammar.quote and grammar.quote in text:
-        quotes = np.flatnonzero(array == grammar.quote[0])
+        quotes = _places_of(array, grammar.quote)
         wrong = _irregular(array, quotes, grammar)
         if len(wrong):
             first_bad = int(wrong[0])
@@ -455,6 +455,11 @@ def _line_ends(
     returns = np.flatnonzero(array[:-1] == RETURN)
     lone = returns[array[returns + 1] != NEWLINE]
     return np.sort(np.concatenate([lines, lone]))
+
+
+def _places_of(array: np.ndarray, character: bytes) -> np.ndarray:
+    """Return where a character of one byte stands."""
+    return np.flatnonzero(array == character[0])
 
 
 def _irregular(
@@ -578,9 +583,9 @@ def _delimiters_between(
     grammar: Grammar,
 ) -> np.ndarray:
     """Return how many delimiters outside of quotes each record has."""
-    places = np.flatnonzero(array == grammar.delimiter[0])
+    places = _places_of(array, grammar.delimiter)
     if grammar.quote:
-        quotes = np.flatnonzero(array == grammar.quote[0])
+        quotes = _places_of(array, grammar.quote)
         if len(quotes):
             places = places[
                 np.searchsorted(
@@ -695,7 +700,7 @@ def _ends_outside_quotes(
     newlines = np.flatnonzero(array == NEWLINE)
     if not grammar.quote:
         return newlines + 1
-    quotes = np.flatnonzero(array == grammar.quote[0])
+    quotes = _places_of(array, grammar.quote)
     before = np.searchsorted(quotes, newlines)
     return newlines[before % 2 == 0] + 1
 

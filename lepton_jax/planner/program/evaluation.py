@@ -24,7 +24,7 @@ from lepton_jax.planner.program.interaction import (
 )
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.step.module import forward
-from lepton_jax.trees import by_path, nbytes
+from lepton_jax.trees import by_path, is_inexact, nbytes, with_leaves
 
 # Bytes of outputs and targets that a metric of the whole test set may gather on a host.
 # Assumption: a host has 16 GiB, and joining the batches holds them twice.
@@ -202,7 +202,7 @@ class Evaluation:
                 rows_of_a_sample = leaf.shape[dim] // size
                 leaf = _first(leaf, dim, rows_of_a_sample * rows)
             cut.append(leaf)
-        outputs = jax.tree.unflatten(jax.tree.structure(outputs), cut)
+        outputs = with_leaves(outputs, cut)
         targets = jax.tree.map(lambda leaf: leaf[:rows], targets)
         return outputs, targets
 
@@ -406,7 +406,7 @@ class Prediction:
                 )
             else:
                 leaves.append(alike[0])
-        return jax.tree.unflatten(jax.tree.structure(parts[0]), leaves)
+        return with_leaves(parts[0], leaves)
 
     def _joined_leaf(
         self,
@@ -498,7 +498,7 @@ def nan_rows(
     """
     has_nan = jnp.zeros(rows, jnp.bool_)
     for leaf, own_dims in zip(leaves, dims, strict=True):
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if not is_inexact(leaf):
             continue
         is_nan = jnp.isnan(leaf)
         if own_dims:

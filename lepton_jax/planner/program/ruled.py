@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -25,8 +25,18 @@ import numpy as np
 
 from lepton_jax.planner.program.ragged import RAGGED, is_dense, ragged_flops
 from lepton_jax.planner.rewrite.notation import UNNAMED, Names
-from lepton_jax.planner.rewrite.own import MAPPED, OWN_OPERATIONS, Own, shape_of
-from lepton_jax.planner.rewrite.program import parts
+from lepton_jax.planner.rewrite.own import (
+    MAPPED,
+    OWN_OPERATIONS,
+    Own,
+    Shapes,
+    shape_of,
+)
+from lepton_jax.planner.rewrite.program import (
+    parts,
+    shape_of_operand,
+    shape_of_result,
+)
 
 # A mask of mesh axes for each dim
 Spec = tuple[int, ...]
@@ -60,16 +70,22 @@ class Arrays(NamedTuple):
         given = own.dims()
         whole = own.whole()
         inputs = []
-        free: dict[str, None] = {}
-        for number, (value, names) in enumerate(
-            zip(op.inputs, given.inputs, strict=True)
-        ):
-            free.update(dict.fromkeys(n for n in names if n not in whole))
+        seen: dict[str, None] = {}
+        pairs = zip(op.inputs, given.inputs, strict=True)
+        for number, (value, names) in enumerate(pairs):
+            seen.update(dict.fromkeys(names))
             if value is not None:
                 inputs.append((number, value, names))
+
+        free = tuple(name for name in seen if name not in whole)
         results = tuple(zip(op.outputs, given.results, strict=False))
-        sums = tuple(frozenset(free) - set(names) for _, names in results)
-        return cls(tuple(inputs), results, sums, tuple(free))
+        sums = [frozenset(free).difference(names) for _, names in results]
+        return cls(tuple(inputs), results, tuple(sums), free)
+
+    def named(self) -> list[tuple[Any, Names]]:
+        """List all arrays with the names of their dims."""
+        inputs = [(value, names) for _, value, names in self.inputs]
+        return [*inputs, *self.results]
 
 
 class Choice(NamedTuple):
@@ -103,9 +119,7 @@ def join_own(graph: Any, op: Any) -> None:
 
     arrays = Arrays.of(op)
     first: dict[str, int] = {}
-    named = [(value, names) for _, value, names in arrays.inputs]
-    named += list(arrays.results)
-    for value, names in named:
+    for value, names in arrays.named():
         for node, name in zip(value.nodes, names, strict=True):
             if name != UNNAMED:
                 graph.join(node, first.setdefault(name, node))
@@ -122,9 +136,13 @@ def expert_nodes(op: Any) -> list[int]:
     if op.name not in OWN_OPERATIONS:
         return []
     nodes = []
-    for value, names in zip(op.inputs, op.params["own"].dims().inputs, strict=True):
-        if value is not None and value.stored is not None and EXPERTS in names:
-            nodes.append(value.nodes[names.index(EXPERTS)])
+    dims = op.params["own"].dims()
+    for value, names in zip(op.inputs, dims.inputs, strict=True):
+        if value is None or value.stored is None:
+            continue
+        if EXPERTS in names:
+            dim = names.index(EXPERTS)
+            nodes.append(value.nodes[dim])
     return nodes
 
 
@@ -144,25 +162,24 @@ def decided(layout: Any, op: Any, specs: dict[int, Spec]) -> Choice:
     for axis in range(len(layout.sizes)):
         bit = 1 << axis
         grown = _grown(moves)
-        options = list(_options(layout, arrays, specs, wanted, split, bit, grown))
-        if any(option.meets for option in options):
-            options = [option for option in options if option.name is not None]
-        name, needed, *_ = min(options, key=lambda option: option.rank)
-        moves += needed
-        if name is not None:
-            split[name] = split.get(name, 0) | bit
+        options = _options(layout, arrays, specs, wanted, split, bit, grown)
+        best = _best(list(options))
+        moves += best.moves
+        if best.name is not None:
+            split[best.name] = split.get(best.name, 0) | bit
             axes |= bit
 
-    natural = [_spec(names, split) for _, names in arrays.results]
     scattered = []
     sums = []
     results = []
+    natural = [_spec(names, split) for _, names in arrays.results]
     for own, goal, over in zip(natural, wanted, arrays.sums, strict=True):
-        mask = _union([split.get(name, 0) for name in over])
-        parts_ = _scattered(own, goal, mask)
-        scattered.append(parts_)
-        sums.append(mask & ~_union(parts_))
-        results.append(tuple(a | b for a, b in zip(own, parts_, strict=True)))
+        mask = _union(split.get(name, 0) for name in over)
+        apart = _scattered(own, goal, mask)
+        pairs = zip(own, apart, strict=True)
+        scattered.append(apart)
+        sums.append(mask & ~_union(apart))
+        results.append(tuple(a | b for a, b in pairs))
     return Choice(
         {number: _spec(names, split) for number, _, names in arrays.inputs},
         tuple(results),
@@ -181,6 +198,13 @@ def workspace(op: Any) -> list[Any]:
     return op.outputs[len(op.eqn.outvars) :]
 
 
+def _best(options: list[_Option]) -> _Option:
+    """Return the option with the lowest rank; one that splits, if an array is split."""
+    if any(option.meets for option in options):
+        options = [option for option in options if option.name is not None]
+    return min(options, key=lambda option: option.rank)
+
+
 def added_up(results: list[Any], choice: Choice, mesh: Any) -> list[Any]:
     """Add up a device's results with those of the others, in `shard_map`.
 
@@ -196,14 +220,18 @@ def added_up(results: list[Any], choice: Choice, mesh: Any) -> list[Any]:
     # recipes/lm.py --size 8b --experts 32 --dropless --on v5p:4x4x8 --verify`).
     scatters = mesh.devices.flat[0].platform not in ("cpu", "tpu")
     whole = []
-    for x, mask, parts_ in zip(results, choice.sums, choice.scattered, strict=True):
-        for dim, axes in enumerate(parts_):
+    triples = zip(results, choice.sums, choice.scattered, strict=True)
+    for x, mask, scattered in triples:
+        for dim, axes in enumerate(scattered):
             picked = _picked(axes, names)
             if axes and scatters:
                 x = jax.lax.psum_scatter(x, picked, scatter_dimension=dim, tiled=True)
             elif axes:
-                x = _own_part(jax.lax.psum(x, picked), picked, dim)
-        whole.append(jax.lax.psum(x, _picked(mask, names)) if mask else x)
+                x = jax.lax.psum(x, picked)
+                x = _own_part(x, picked, dim)
+        if mask:
+            x = jax.lax.psum(x, _picked(mask, names))
+        whole.append(x)
     return whole
 
 
@@ -227,35 +255,51 @@ def own_flops(eqn: Any, platform: str = "", merged: bool = False) -> float:
         runs again.
     """
     own: Own = eqn.params["own"]
-    shapes = tuple(shape_of(variable.aval) for variable in eqn.invars)
+    shapes = _shapes(eqn.invars)
     flops = _flops(own, shapes, platform)
-    if merged and own.repeats and own.rule.flops[0] is None:
-        flops -= _flops(own.before(), shapes[: len(own.shapes)], platform)
+    forward, _ = own.rule.flops
+    if merged and own.repeats and forward is None:
+        operands = shapes[: len(own.shapes)]
+        flops -= _flops(own.before(), operands, platform)
     return flops
+
+
+def _shapes(variables: Iterable[Any]) -> Shapes:
+    return tuple(shape_of(variable.aval) for variable in variables)
 
 
 def own_bytes(eqn: Any) -> float:
     """Return the bytes that an equation with a rule reads and writes, whole."""
     own: Own = eqn.params["own"]
-    shapes = tuple(shape_of(variable.aval) for variable in eqn.invars)
-    given = own.rule.bytes[own.backward] or own.rule.bytes[0]
+    shapes = _shapes(eqn.invars)
+    forward, backward = own.rule.bytes
+    given = (own.backward and backward) or forward
     if given is not None:
         return _times(own, shapes) * float(given(*own.shapes))
-    made = [shape_of(variable.aval) for variable in eqn.outvars]
-    return float(sum(x.size * np.dtype(x.dtype).itemsize for x in (*shapes, *made)))
+    moved = [*shapes, *_shapes(eqn.outvars)]
+    return float(sum(_nbytes(x) for x in moved))
+
+
+def _nbytes(x: jax.ShapeDtypeStruct) -> int:
+    return x.size * np.dtype(x.dtype).itemsize
 
 
 @functools.lru_cache(maxsize=256)
-def _flops(own: Own, shapes: tuple[jax.ShapeDtypeStruct, ...], platform: str) -> float:
-    rule = own.rule
-    forward, backward = rule.flops
+def _flops(own: Own, shapes: Shapes, platform: str) -> float:
+    forward, backward = own.rule.flops
     if own.backward and backward is not None:
         return _times(own, shapes) * float(backward(*own.shapes))
     if forward is not None:
         factor = BACKWARD_BY_FORWARD if own.backward else 1
-        return _times(own, shapes) * factor * float(forward(*own.shapes))
-    program = jax.make_jaxpr(functools.partial(own.run, platform))(*shapes)
-    return traced_flops(program.jaxpr, platform)
+        once = float(forward(*own.shapes))
+        return _times(own, shapes) * factor * once
+    return traced_flops(_traced(own, shapes, platform), platform)
+
+
+def _traced(own: Own, shapes: Shapes, platform: str) -> Any:
+    """Return the program of an operation on whole arrays."""
+    run = functools.partial(own.run, platform)
+    return jax.make_jaxpr(run)(*shapes).jaxpr
 
 
 def hidden_flops(eqn: Any, platform: str) -> float:
@@ -267,9 +311,8 @@ def hidden_flops(eqn: Any, platform: str) -> float:
         products.
     """
     own: Own = eqn.params["own"]
-    shapes = tuple(shape_of(variable.aval) for variable in eqn.invars)
-    program = jax.make_jaxpr(functools.partial(own.run, platform))(*shapes)
-    shown = traced_flops(program.jaxpr, platform, shown=True)
+    program = _traced(own, _shapes(eqn.invars), platform)
+    shown = traced_flops(program, platform, shown=True)
     return max(0.0, own_flops(eqn, platform) - shown)
 
 
@@ -286,36 +329,47 @@ def traced_flops(jaxpr: Any, platform: str = "", shown: bool = False) -> float:
     """
     total = 0.0
     for eqn in jaxpr.eqns:
-        name = eqn.primitive.name
-        if name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            terms = math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
-            total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * terms
-            continue
-        hidden = shown and platform != "cpu"
-        if name == RAGGED:
-            dense = bool(platform) and is_dense(eqn, platform)
-            total += 0.0 if hidden and not dense else ragged_flops(eqn, dense)
-            continue
-        times = eqn.params["length"] if name == "scan" else 1
-        if name == "pallas_call":
-            if hidden:
-                continue
-            estimate = eqn.params.get("cost_estimate")
-            if estimate is not None:
-                total += float(estimate.flops)
-                continue
-            times = math.prod(eqn.params["grid_mapping"].grid)
-        total += times * sum(traced_flops(part, platform, shown) for part in parts(eqn))
+        total += _flops_of(eqn, platform, shown)
     return total
 
 
-def _times(own: Own, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> int:
+def _flops_of(eqn: Any, platform: str, shown: bool) -> float:
+    """Return the FLOP of the products of an equation, see `traced_flops`."""
+    name = eqn.primitive.name
+    is_hidden = shown and platform != "cpu"
+    if name == "dot_general":
+        return _product_flops(eqn)
+    if name == RAGGED:
+        dense = bool(platform) and is_dense(eqn, platform)
+        return 0.0 if is_hidden and not dense else ragged_flops(eqn, dense)
+
+    times = 1
+    if name == "scan":
+        times = eqn.params["length"]
+    if name == "pallas_call":
+        if is_hidden:
+            return 0.0
+        estimate = eqn.params.get("cost_estimate")
+        if estimate is not None:
+            return float(estimate.flops)
+        times = math.prod(eqn.params["grid_mapping"].grid)
+    return times * sum(traced_flops(part, platform, shown) for part in parts(eqn))
+
+
+def _product_flops(eqn: Any) -> float:
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    left = shape_of_operand(eqn)
+    terms = math.prod(left[dim] for dim in contracted)
+    return 2.0 * math.prod(shape_of_result(eqn)) * terms
+
+
+def _times(own: Own, shapes: Shapes) -> int:
     """Return how often a `jax.vmap` around it repeats an operation."""
     extents: dict[str, int] = {}
     for names, x in zip(own.dims().inputs, shapes, strict=True):
         extents.update(zip(names, x.shape, strict=True))
-    return math.prod(n for name, n in extents.items() if name.startswith(MAPPED))
+    mapped = [name for name in extents if name.startswith(MAPPED)]
+    return math.prod(extents[name] for name in mapped)
 
 
 # ---- internals ----
@@ -391,32 +445,41 @@ def _options(
         meets = 0
         for number, value, names in arrays.inputs:
             here = _place(specs[number], bit)
-            there = names.index(name) if name in names else None
-            meets += name is not None and here is not None and here == there
+            there = _index(names, name)
+            meets += here is not None and here == there
             size = layout.bytes(value, specs[number])
             moves += _moves_of(here, there, bit, size, f"operand {number}")
         triples = zip(arrays.results, arrays.sums, wanted, strict=True)
         for number, ((value, names), sums, goal) in enumerate(triples):
             where = f"result {number}"
-            here = names.index(name) if name in names else None
+            here = _index(names, name)
             there = _place(goal, bit)
-            meets += name is not None and here is not None and here == there
+            meets += here is not None and here == there
             size = layout.bytes(value, goal)
             if name in sums:
                 moves.append(_sum_of(there, bit, size, where))
             else:
                 moves += _result_moves(here, there, bit, size, where)
         cost = sum(_weight(layout, move, grown) for move in moves)
-        yield _Option(name, moves, meets, (cost, -meets if name is not None else 1))
+        second = 1 if name is None else -meets
+        yield _Option(name, moves, meets, (cost, second))
+
+
+def _index(names: Names, name: str | None) -> int | None:
+    """Return the dim that a mesh axis given to a name splits; None: none."""
+    if name is None or name not in names:
+        return None
+    return names.index(name)
 
 
 def _divides(
     layout: Any, arrays: Arrays, name: str, split: dict[str, int], bit: int
 ) -> bool:
-    count = layout.counts[split.get(name, 0) | bit]
-    every = [(value, names) for _, value, names in arrays.inputs]
-    for value, names in (*every, *arrays.results):
-        if name in names and value.shape[names.index(name)] % count:
+    axes = split.get(name, 0) | bit
+    count = layout.counts[axes]
+    for value, names in arrays.named():
+        dim = _index(names, name)
+        if dim is not None and value.shape[dim] % count:
             return False
     return True
 
@@ -469,7 +532,8 @@ def _grown(moves: list[_Move]) -> dict[str, int]:
     grown: dict[str, int] = {}
     for move in moves:
         if move.grows:
-            grown[move.where] = grown.get(move.where, 0) | move.bit
+            before = grown.get(move.where, 0)
+            grown[move.where] = before | move.bit
     return grown
 
 
@@ -493,9 +557,11 @@ def _merged(layout: Any, moves: list[_Move]) -> Iterator[tuple[str, int, float, 
     for move in moves:
         key = (move.kind, move.where)
         before = merged.get(key, move)
-        merged[key] = before._replace(bit=before.bit | move.bit)
+        axes = before.bit | move.bit
+        merged[key] = before._replace(bit=axes)
     for kind, mask, size, where, grows in merged.values():
-        yield kind, mask, size * (layout.counts[mask] if grows else 1), where
+        factor = layout.counts[mask] if grows else 1
+        yield kind, mask, size * factor, where
 
 
 def _spec(names: Names, split: dict[str, int]) -> Spec:
@@ -511,10 +577,11 @@ def _place(spec: Spec, bit: int) -> int | None:
 
 def _scattered(own: Spec, goal: Spec, sums: int) -> Spec:
     """Return the axes of a sum of which each dim's parts are wanted apart."""
-    return tuple(
-        mask if mask and not here and mask & ~sums == 0 else 0
-        for here, mask in zip(own, goal, strict=True)
-    )
+    scattered = []
+    for here, mask in zip(own, goal, strict=True):
+        is_summed = not mask & ~sums
+        scattered.append(mask if is_summed and not here else 0)
+    return tuple(scattered)
 
 
 def _union(masks: Any) -> int:
@@ -525,4 +592,5 @@ def _union(masks: Any) -> int:
 
 
 def _picked(mask: int, names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for axis, name in enumerate(names) if mask >> axis & 1)
+    numbered = enumerate(names)
+    return tuple(name for axis, name in numbered if mask >> axis & 1)

@@ -37,6 +37,7 @@ from lepton_jax.planner.rewrite.pipeline import Stages
 from lepton_jax.planner.rewrite.program import equations, flat, run
 from lepton_jax.planner.rewrite.softmax import fused
 from lepton_jax.planner.rewrite.stages import in_stages
+from lepton_jax.trees import with_leaves
 
 __all__ = [
     "PASSES",
@@ -118,7 +119,7 @@ def rewritten(function: Callable) -> Callable:
         program, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
         leaves = jax.tree.leaves(args)
         results = run(_passed(program), leaves)
-        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+        return with_leaves(shapes, results)
 
     return faster
 

@@ -109,7 +109,8 @@ class How(NamedTuple):
             if self.behind is not None:
                 first = max(0, start + self.ahead - self.behind)
             last = min(stop + self.ahead, keys)
-            yield Block(start, stop, min(first, last - 1), last)
+            first = min(first, last - 1)
+            yield Block(start, stop, first, last)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -133,22 +134,32 @@ def attend(
     Returns:
       An array of the query's shape and dtype.
     """
-    more = [] if segments is None else [segments]
-    return attention_p.bind(query, key, value, *more, how=how)[0]
+    out, _ = _bound(query, key, value, how, segments)
+    return out
 
 
 # ---- internals: the gradient ----
 
 
+def _bound(query: Any, key: Any, value: Any, how: How, segments: Any) -> list[Any]:
+    """Return attention and the logarithms of its sums."""
+    operands = [query, key, value]
+    if segments is not None:
+        operands.append(segments)
+    return attention_p.bind(*operands, how=how)
+
+
 def _forward(query: Any, key: Any, value: Any, how: How, segments: Any = None) -> Any:
+    out, sums = _bound(query, key, value, how, segments)
     more = [] if segments is None else [segments]
-    out, sums = attention_p.bind(query, key, value, *more, how=how)
-    return out, ((query, key, value, out, sums), more)
+    kept = (query, key, value, out, sums)
+    return out, (kept, more)
 
 
 def _backward(how: How, kept: Any, cotangent: Any) -> Any:
     arrays, more = kept
-    return (*gradient_p.bind(*arrays, cotangent, *more, how=how), None)
+    gradients = gradient_p.bind(*arrays, cotangent, *more, how=how)
+    return (*gradients, None)
 
 
 attend.defvjp(_forward, _backward)
@@ -160,7 +171,8 @@ attend.defvjp(_forward, _backward)
 def _by_key_head(x: jax.Array, key_heads: int) -> jax.Array:
     """Return (batch, key heads, group, length, width)."""
     batch, length, heads, width = x.shape
-    x = x.reshape(batch, length, key_heads, heads // key_heads, width)
+    group = heads // key_heads
+    x = x.reshape(batch, length, key_heads, group, width)
     return x.transpose(0, 2, 3, 1, 4)
 
 
@@ -171,14 +183,32 @@ def _by_length(x: jax.Array) -> jax.Array:
     return x.reshape(batch, length, key_heads * group, width)
 
 
+def _wide(x: jax.Array) -> Any:
+    """Return the dtype in which sums over an array's entries are taken."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
 def _product(left: jax.Array, right: jax.Array, over: tuple[int, int]) -> jax.Array:
-    """Multiply matrices head by head, with sums in float32."""
+    """Multiply matrices head by head, with sums in float32.
+
+    Args:
+      left: (batch, heads, ...).
+      right: likewise.
+      over: the dims of either that are summed over.
+    """
+    contracted = ((over[0],), (over[1],))
+    batched = ((0, 1), (0, 1))
     return lax.dot_general(
         left,
         right,
-        (((over[0],), (over[1],)), ((0, 1), (0, 1))),
-        preferred_element_type=jnp.promote_types(left.dtype, jnp.float32),
+        (contracted, batched),
+        preferred_element_type=_wide(left),
     )
+
+
+def _seen(x: jax.Array, block: Block) -> jax.Array:
+    """Return the keys or values, (batch, key heads, keys, width), that a block sees."""
+    return x[:, :, block.first : block.last]
 
 
 def _rows(x: jax.Array, block: Block) -> jax.Array:
@@ -191,7 +221,8 @@ def _rows(x: jax.Array, block: Block) -> jax.Array:
 def _grouped(x: jax.Array, block: Block) -> jax.Array:
     """Undo the reshape of `_rows`."""
     batch, heads, _, *rest = x.shape
-    return x.reshape(batch, heads, -1, block.stop - block.start, *rest)
+    rows = block.stop - block.start
+    return x.reshape(batch, heads, -1, rows, *rest)
 
 
 def _scores(
@@ -205,23 +236,40 @@ def _scores(
     scores = how.scale * _product(query, key, (3, 3))
     if how.cap is not None:
         scores = how.cap * jnp.tanh(scores / how.cap)
-    rows = block.stop - block.start
     shape = scores.shape[2:]
     if how.causal:
-        own = lax.broadcasted_iota(jnp.int32, shape, 0) % rows
-        own += block.start + how.ahead
-        position = lax.broadcasted_iota(jnp.int32, shape, 1) + block.first
-        seen = own >= position
-        if how.behind is not None:
-            seen &= own - position <= how.behind
+        seen = _by_position(shape, block, how)
         scores = jnp.where(seen, scores, HIDDEN)
     if segments is not None:
-        mine = segments[0][:, block.start : block.stop]
-        mine = jnp.tile(mine, (1, shape[0] // rows))
-        theirs = segments[1][:, block.first : block.last]
-        same = mine[:, None, :, None] == theirs[:, None, None, :]
+        same = _by_segment(shape, block, segments)
         scores = jnp.where(same, scores, HIDDEN)
     return scores
+
+
+def _by_position(shape: tuple[int, ...], block: Block, how: How) -> jax.Array:
+    """Return which keys a block's queries see for their position, (rows, keys)."""
+    rows = block.stop - block.start
+    own = lax.broadcasted_iota(jnp.int32, shape, 0) % rows
+    own += block.start + how.ahead
+    position = lax.broadcasted_iota(jnp.int32, shape, 1)
+    position += block.first
+    seen = own >= position
+    if how.behind is not None:
+        seen &= own - position <= how.behind
+    return seen
+
+
+def _by_segment(shape: tuple[int, ...], block: Block, segments: Any) -> jax.Array:
+    """Return which keys are of the segment of a block's query, (batch, 1, ...)."""
+    of_queries, of_keys = segments
+    rows = block.stop - block.start
+    groups = shape[0] // rows
+    mine = of_queries[:, block.start : block.stop]
+    mine = jnp.tile(mine, (1, groups))
+    theirs = of_keys[:, block.first : block.last]
+
+    by_query = mine[:, None, :, None]
+    return by_query == theirs[:, None, None, :]
 
 
 def _in_blocks(
@@ -240,18 +288,70 @@ def _in_blocks(
     outs = []
     sums = []
     for block in how.blocks(length, key.shape[1]):
-        seen = slice(block.first, block.last)
         own = _rows(grouped, block)
-        scores = _scores(own, keys[:, :, seen], block, how, segments)
-        highest = scores.max(-1, keepdims=True)
-        shares = jnp.exp(scores - highest)
-        total = shares.sum(-1, keepdims=True)
-        shares = (shares / total).astype(value.dtype)
-        out = _product(shares, values[:, :, seen], (3, 2))
-        outs.append(_grouped(out.astype(query.dtype), block))
-        sums.append(_grouped((highest + jnp.log(total))[..., 0], block))
+        out, logarithms = _attended(own, keys, values, block, how, segments)
+        outs.append(out)
+        sums.append(logarithms)
     out = _by_length(jnp.concatenate(outs, 3))
-    return [out, jnp.concatenate(sums, 3).reshape(batch, heads, length)]
+    logarithms = jnp.concatenate(sums, 3)
+    return [out, logarithms.reshape(batch, heads, length)]
+
+
+def _attended(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    block: Block,
+    how: How,
+    segments: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Return a block's attention, and the logarithms of its sums, group by group."""
+    scores = _scores(query, _seen(keys, block), block, how, segments)
+    highest = scores.max(-1, keepdims=True)
+    shares = jnp.exp(scores - highest)
+    total = shares.sum(-1, keepdims=True)
+    shares = (shares / total).astype(values.dtype)
+
+    out = _product(shares, _seen(values, block), (3, 2))
+    out = _grouped(out.astype(query.dtype), block)
+    logarithms = highest + jnp.log(total)
+    return out, _grouped(logarithms[..., 0], block)
+
+
+class _Queries(NamedTuple):
+    """What the gradient needs of each query; all but the last dims are the same.
+
+    Attributes:
+      query: (batch, key heads, group, length, width).
+      cotangent: likewise.
+      sums: the logarithm of each query's sum, (batch, key heads, group, length).
+      inner: the products of its result and its cotangent, likewise.
+    """
+
+    query: jax.Array
+    cotangent: jax.Array
+    sums: jax.Array
+    inner: jax.Array
+
+    @classmethod
+    def of(
+        cls, query: Any, out: Any, sums: Any, cotangent: Any, key_heads: int
+    ) -> _Queries:
+        batch, length, heads, _ = query.shape
+        wide = _wide(query)
+        products = out.astype(wide) * cotangent.astype(wide)
+        inner = products.sum(-1).transpose(0, 2, 1)
+        shape = (batch, key_heads, heads // key_heads, length)
+        return cls(
+            _by_key_head(query, key_heads),
+            _by_key_head(cotangent, key_heads),
+            sums.reshape(shape),
+            inner.reshape(shape),
+        )
+
+    def rows(self, block: Block) -> _Queries:
+        """Return those of a block, group by group."""
+        return _Queries(*(_rows(x, block) for x in self))
 
 
 def _gradient_in_blocks(
@@ -265,46 +365,54 @@ def _gradient_in_blocks(
     how: How,
 ) -> list[jax.Array]:
     """Return the gradients by query, key and value."""
-    batch, length, heads, _ = query.shape
-    key_heads = key.shape[2]
     keys = key.transpose(0, 2, 1, 3)
     values = value.transpose(0, 2, 1, 3)
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    inner = (out.astype(wide) * cotangent.astype(wide)).sum(-1).transpose(0, 2, 1)
-    shape = (batch, key_heads, heads // key_heads, length)
-    arrays = (
-        _by_key_head(query, key_heads),
-        _by_key_head(cotangent, key_heads),
-        sums.reshape(shape),
-        inner.reshape(shape),
-    )
+    queries = _Queries.of(query, out, sums, cotangent, key.shape[2])
     of_query = []
-    of_key = jnp.zeros(keys.shape, wide)
-    of_value = jnp.zeros(values.shape, wide)
-    for block in how.blocks(length, key.shape[1]):
-        own_query, own_cotangent, own_sums, own_inner = (
-            _rows(x, block) for x in arrays
-        )
+    of_key = jnp.zeros(keys.shape, _wide(query))
+    of_value = jnp.zeros(values.shape, _wide(query))
+    for block in how.blocks(query.shape[1], key.shape[1]):
+        own = queries.rows(block)
+        shares, slopes = _slopes(own, keys, values, block, how, segments)
+
         seen = slice(block.first, block.last)
-        scores = _scores(own_query, keys[:, :, seen], block, how, segments)
-        shares = jnp.exp(scores - own_sums[..., None])
-        slope = _product(own_cotangent, values[:, :, seen], (3, 3))
-        slope = how.scale * shares * (slope - own_inner[..., None])
-        if how.cap is not None:
-            # a hidden score has no share, and so no slope
-            ratio = jnp.clip(scores / how.cap, -1, 1)
-            slope = slope * (1 - ratio * ratio)
-        slope = slope.astype(query.dtype)
-        shares = shares.astype(query.dtype)
-        of_value = of_value.at[:, :, seen].add(_product(shares, own_cotangent, (2, 2)))
-        of_key = of_key.at[:, :, seen].add(_product(slope, own_query, (2, 2)))
-        own = _product(slope, keys[:, :, seen], (3, 2))
-        of_query.append(_grouped(own.astype(query.dtype), block))
-    return [
-        _by_length(jnp.concatenate(of_query, 3)),
-        of_key.transpose(0, 2, 1, 3).astype(key.dtype),
-        of_value.transpose(0, 2, 1, 3).astype(value.dtype),
-    ]
+        more = _product(shares, own.cotangent, (2, 2))
+        of_value = of_value.at[:, :, seen].add(more)
+        more = _product(slopes, own.query, (2, 2))
+        of_key = of_key.at[:, :, seen].add(more)
+        mine = _product(slopes, _seen(keys, block), (3, 2))
+        of_query.append(_grouped(mine.astype(query.dtype), block))
+    by_query = _by_length(jnp.concatenate(of_query, 3))
+    by_key = of_key.transpose(0, 2, 1, 3)
+    by_key = by_key.astype(key.dtype)
+    by_value = of_value.transpose(0, 2, 1, 3)
+    return [by_query, by_key, by_value.astype(value.dtype)]
+
+
+def _slopes(
+    own: _Queries,
+    keys: jax.Array,
+    values: jax.Array,
+    block: Block,
+    how: How,
+    segments: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the shares of a block, and the gradient by its products of query and key.
+
+    Both are (batch, key heads, rows, keys), in the query's dtype.
+    """
+    scores = _scores(own.query, _seen(keys, block), block, how, segments)
+    shares = jnp.exp(scores - own.sums[..., None])
+    slopes = _product(own.cotangent, _seen(values, block), (3, 3))
+    scaled = how.scale * shares
+    slopes = scaled * (slopes - own.inner[..., None])
+    if how.cap is not None:
+        # a hidden score has no share, and so no slope
+        ratio = scores / how.cap
+        ratio = jnp.clip(ratio, -1, 1)
+        slopes = slopes * (1 - ratio * ratio)
+    slopes = slopes.astype(own.query.dtype)
+    return shares.astype(own.query.dtype), slopes
 
 
 # ---- internals: the two operations ----
@@ -317,29 +425,39 @@ def _attention(
     *segments: Any,
     how: How,
 ) -> list[jax.Array]:
-    run: Any = _in_blocks if how.kernel == "blocks" else splash.forward
+    run: Any = splash.forward
+    if how.kernel == "blocks":
+        run = _in_blocks
     return run(query, key, value, _pair(segments), how)
 
 
 def _gradient(*arrays: Any, how: How) -> list[jax.Array]:
-    run: Any = _gradient_in_blocks if how.kernel == "blocks" else splash.backward
-    return run(*arrays[:OPERANDS], _pair(arrays[OPERANDS:]), how)
+    run: Any = splash.backward
+    if how.kernel == "blocks":
+        run = _gradient_in_blocks
+    segments = _pair(arrays[OPERANDS:])
+    return run(*arrays[:OPERANDS], segments, how)
 
 
 def _pair(segments: Sequence[Any]) -> tuple[Any, Any] | None:
     """Return the segments of queries and of keys; None: there are none."""
-    return (segments[0], segments[-1]) if segments else None
+    if not segments:
+        return None
+    return segments[0], segments[-1]
 
 
 def _attention_shapes(query: Any, key: Any, *_: Any, how: How) -> list[Any]:
     batch, length, heads, _ = query.shape
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    sums = jax.core.ShapedArray((batch, heads, length), wide)
-    return [jax.core.ShapedArray(query.shape, query.dtype), sums]
+    sums = jax.core.ShapedArray((batch, heads, length), _wide(query))
+    return [_shape(query), sums]
 
 
 def _gradient_shapes(query: Any, key: Any, value: Any, *_: Any, how: How) -> list[Any]:
-    return [jax.core.ShapedArray(x.shape, x.dtype) for x in (query, key, value)]
+    return [_shape(x) for x in (query, key, value)]
+
+
+def _shape(x: Any) -> Any:
+    return jax.core.ShapedArray(x.shape, x.dtype)
 
 
 def _operation(name: str, run: Callable, shapes: Callable) -> Primitive:
@@ -355,7 +473,8 @@ def _operation(name: str, run: Callable, shapes: Callable) -> Primitive:
         return run(*arrays, how=how)
 
     def run_now(*arrays: Any, how: How) -> Any:
-        return jax.jit(partial(primitive.bind, how=how))(*arrays)
+        bound = partial(primitive.bind, how=how)
+        return jax.jit(bound)(*arrays)
 
     primitive = Primitive(name)
     primitive.multiple_results = True

@@ -35,10 +35,10 @@ needs the logits of several tokens, or all of them, the program stays as it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,11 +48,17 @@ from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal, add_any, at_source
 from lepton_jax.planner.rewrite.program import (
     Env,
     Uses,
+    inputs_of,
     opened,
     operands_of,
-    read,
+    read_all,
     run,
     run_equations,
+    shape_of_operand,
+    shape_of_result,
+    trace,
+    variables_of,
+    write,
 )
 from lepton_jax.planner.rewrite.rows import (
     Rows,
@@ -63,6 +69,7 @@ from lepton_jax.planner.rewrite.rows import (
     sums_rows,
     taken_apart,
 )
+from lepton_jax.trees import with_leaves
 
 # Products that are looked at, the largest first. Assumption: where a hidden layer is
 # wider than the vocabulary, so are its two or three products.
@@ -89,14 +96,16 @@ def in_pieces(function: Callable, pieces: int) -> Callable:
         return function
 
     def shorter(*args: Any) -> Any:
-        program, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-        program = opened(program)
+        program, shapes = trace(function, *args)
         leaves = jax.tree.leaves(args)
-        found = find(program.jaxpr, len(jax.tree.leaves(args[0])), pieces)
-        results = (
-            run(program, leaves) if found is None else _run(program, leaves, found)
-        )
-        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+        parameters = jax.tree.leaves(args[0])
+        found = find(program.jaxpr, len(parameters), pieces)
+
+        if found is None:
+            results = run(program, leaves)
+        else:
+            results = _run(program, leaves, found)
+        return with_leaves(shapes, results)
 
     return shorter
 
@@ -110,9 +119,11 @@ def logits_shape(program: ClosedJaxpr) -> tuple[int, ...]:
     Returns:
       The dims of the tokens, and the vocabulary last; (): there are no such logits.
     """
-    program = opened(program)
-    found = find(program.jaxpr, len(program.jaxpr.invars), pieces=2)
-    return () if found is None else tuple(found.head.outvars[0].aval.shape)
+    jaxpr = opened(program).jaxpr
+    found = find(jaxpr, len(jaxpr.invars), pieces=2)
+    if found is None:
+        return ()
+    return tuple(shape_of_result(found.head))
 
 
 @dataclass
@@ -162,12 +173,11 @@ def find(jaxpr: Jaxpr, parameters: int, pieces: int) -> Region | None:
       pieces: how many there should be, about.
     """
     moving = _moving(jaxpr, parameters)
-    heads: list[Any] = [eqn for eqn in reversed(jaxpr.eqns) if _is_head(eqn)]
-    heads.sort(key=lambda eqn: -eqn.outvars[0].aval.size)
-    for head in heads[:MOST_HEADS]:
+    for head in _heads(jaxpr):
+        tokens = range(len(shape_of_result(head)) - 1)
         # the last dim of the tokens first: their position in a sample, not the sample
-        for dim in reversed(range(len(head.outvars[0].aval.shape) - 1)):
-            count = head.outvars[0].aval.shape[dim]
+        for dim in reversed(tokens):
+            count = shape_of_result(head)[dim]
             divisor = _divisor(count, pieces)
             if divisor is None:
                 continue
@@ -179,6 +189,17 @@ def find(jaxpr: Jaxpr, parameters: int, pieces: int) -> Region | None:
 
 
 # ---- internals: finding it ----
+
+
+def _heads(jaxpr: Jaxpr) -> list[Any]:
+    """Return the products to look at: the largest first, of equal ones the last."""
+
+    def size(eqn: Any) -> int:
+        return eqn.outvars[0].aval.size
+
+    heads = [eqn for eqn in reversed(jaxpr.eqns) if _is_head(eqn)]
+    heads.sort(key=size, reverse=True)
+    return heads[:MOST_HEADS]
 
 
 def _is_head(eqn: Any) -> bool:
@@ -193,19 +214,23 @@ def _is_head(eqn: Any) -> bool:
         or not jnp.issubdtype(out.dtype, jnp.floating)
     ):
         return False
-    left, right = (operand.aval for operand in eqn.invars)
-    narrow = math.prod(left.shape[dim] for dim in contracted)
-    free = len(right.shape) - len(contracted)
+    rows = shape_of_operand(eqn, 0)
+    kernel = shape_of_operand(eqn, 1)
+    narrow = math.prod(rows[dim] for dim in contracted)
+    free = len(kernel) - len(contracted)
     return free == 1 and out.shape[-1] > narrow
 
 
 def _divisor(count: int, wanted: int) -> int | None:
     """Return the divisor of a count that is nearest to a wanted one, within 2 times."""
+
+    def distance(divisor: int) -> tuple[float, int]:
+        return abs(math.log(divisor / wanted)), divisor
+
     least = max(2, -(-wanted // 2))
-    near = [n for n in range(least, 2 * wanted + 1) if count % n == 0]
-    if not near:
-        return None
-    return min(near, key=lambda n: (abs(math.log(n / wanted)), n))
+    most = 2 * wanted
+    near = [n for n in range(least, most + 1) if count % n == 0]
+    return min(near, key=distance, default=None)
 
 
 class _Growth:
@@ -215,9 +240,15 @@ class _Growth:
         self.jaxpr = jaxpr
         self.found = region
         self.uses = Uses(jaxpr)
-        self.place = {id(eqn): number for number, eqn in enumerate(jaxpr.eqns)}
         self.size = region.head.outvars[0].aval.size
         self.dim = dim
+        self._numbers: dict[int, int] = {}
+        for number, eqn in enumerate(jaxpr.eqns):
+            self._numbers[id(eqn)] = number
+
+    def number(self, eqn: Any) -> int:
+        """Return the place of an equation in the program."""
+        return self._numbers[id(eqn)]
 
     def succeeds(self) -> bool:
         """Grow the region; False: something needs the logits of several rows.
@@ -225,55 +256,64 @@ class _Growth:
         Nor does it succeed if another layer follows: then this was no head.
         """
         found = self.found
-        head = found.head
-        if not self._take_in(head, Rows(self.dim, 1)):
+        rows = Rows(self.dim, 1)
+        if not self._take_in(found.head, rows):
             return False
-        for eqn in self.jaxpr.eqns[self.place[id(head)] + 1 :]:
+        after = self.number(found.head) + 1
+        for eqn in self.jaxpr.eqns[after:]:
             if not self._joins(eqn):
                 found.later.update(self._late(eqn))
         self._look_outside()
-        large = LARGE * self.size
-        if any(variable.aval.size >= large for variable in found.stacked):
+
+        if not found.sums and not found.stacked:
             return False
-        return bool(found.sums or found.stacked) and not self._has_layers()
+        sizes = [variable.aval.size for variable in found.stacked]
+        if max(sizes, default=0) >= LARGE * self.size:
+            return False
+        return not self._has_layers()
 
     def _has_layers(self) -> bool:
         """Whether there are products with parameters in addition to the head."""
         found = self.found
         for number in found.numbers:
             eqn = self.jaxpr.eqns[number]
-            if eqn.primitive.name != "dot_general" or eqn is found.head:
+            is_product = eqn.primitive.name == "dot_general"
+            if eqn is found.head or not is_product:
                 continue
-            outside = (v for v in eqn.invars if v not in found.made)
-            if any(v in found.moving for v in outside):
+            outside = set(variables_of(eqn.invars)).difference(found.made)
+            if not found.moving.isdisjoint(outside):
                 return True
         return False
 
     def _joins(self, eqn: Any) -> bool:
         """Take in an equation that uses a value of the region, if that can be."""
         found = self.found
-        variables = [v for v in eqn.invars if not isinstance(v, Literal)]
+        variables = variables_of(eqn.invars)
         inside = [v for v in variables if v in found.made]
-        late = any(v in found.later or v in found.sums for v in variables)
-        if not inside or late or eqn.effects or len(eqn.outvars) != 1:
+        if not inside or eqn.effects or len(eqn.outvars) != 1:
             return False
+        if any(self._is_late(v) for v in variables):
+            return False
+
         first = inside[0]
         rows = found.made[first]
         if sums_rows(eqn, rows):
             found.sums[eqn.outvars[0]] = None
-            found.numbers.add(self.place[id(eqn)])
+            found.numbers.add(self.number(eqn))
             return True
-        number = next(n for n, v in enumerate(eqn.invars) if v is first)
-        there = follow(eqn, number, rows, found.rows)
+        places = [number for number, v in enumerate(eqn.invars) if v is first]
+        there = follow(eqn, places[0], rows, found.rows)
         return there is not None and self._take_in(eqn, there)
+
+    def _is_late(self, variable: Any) -> bool:
+        """Whether a variable is there only after all pieces have run."""
+        return variable in self.found.later or variable in self.found.sums
 
     def _late(self, eqn: Any) -> list[Any]:
         """Return the results of an equation outside if they need the region's."""
         found = self.found
-        for variable in eqn.invars:
-            if isinstance(variable, Literal):
-                continue
-            if variable in found.later or variable in found.sums:
+        for variable in variables_of(eqn.invars):
+            if self._is_late(variable):
                 return eqn.outvars
             if variable in found.made and variable not in found.pulled:
                 return eqn.outvars
@@ -285,14 +325,17 @@ class _Growth:
         if wanted is None:
             return False
         found = self.found
-        for operand, own in zip(eqn.invars, wanted, strict=True):
+        pairs = list(zip(eqn.invars, wanted, strict=True))
+        for operand, own in pairs:
             if not self._can_have(operand, own):
                 return False
+
         found.made[eqn.outvars[0]] = rows
-        found.numbers.add(self.place[id(eqn)])
-        for operand, own in zip(eqn.invars, wanted, strict=True):
-            if not isinstance(operand, Literal) and operand not in found.made:
-                self._bring(operand, own)
+        found.numbers.add(self.number(eqn))
+        for operand, own in pairs:
+            if isinstance(operand, Literal) or operand in found.made:
+                continue
+            self._bring(operand, own)
         return True
 
     def _can_have(self, operand: Any, rows: Rows | None) -> bool:
@@ -300,7 +343,7 @@ class _Growth:
         found = self.found
         if isinstance(operand, Literal):
             return rows is None
-        if operand in found.later or operand in found.sums:
+        if self._is_late(operand):
             return False
         if rows is not None and operand in found.whole:
             return False
@@ -324,23 +367,24 @@ class _Growth:
     def _look_outside(self) -> None:
         """Note what is needed outside of the region: results, and what it pulled in."""
         found = self.found
-        needed = {v for v in self.jaxpr.outvars if not isinstance(v, Literal)}
-        for number in reversed(range(len(self.jaxpr.eqns))):
-            eqn = self.jaxpr.eqns[number]
+        needed = set(variables_of(self.jaxpr.outvars))
+        for eqn in reversed(self.jaxpr.eqns):
+            number = self.number(eqn)
             if number in found.numbers:
                 variable = eqn.outvars[0]
                 if variable not in found.pulled or variable not in needed:
                     continue
                 found.twice.add(number)
-            needed.update(v for v in eqn.invars if not isinstance(v, Literal))
-        found.stacked = [v for v in found.made if v in needed - found.pulled]
+            needed.update(variables_of(eqn.invars))
+        needed -= found.pulled
+        found.stacked = [v for v in found.made if v in needed]
 
 
 def _moving(jaxpr: Jaxpr, parameters: int) -> set[Any]:
     """List the variables of real numbers that depend on the parameters."""
     moving = set(jaxpr.invars[:parameters])
     for eqn in jaxpr.eqns:
-        if any(v in moving for v in eqn.invars if not isinstance(v, Literal)):
+        if not moving.isdisjoint(variables_of(eqn.invars)):
             moving.update(eqn.outvars)
     return {v for v in moving if _is_real(v)}
 
@@ -348,20 +392,24 @@ def _moving(jaxpr: Jaxpr, parameters: int) -> set[Any]:
 def _steering_results(jaxpr: Jaxpr, region: Region) -> list[Any]:
     """List the results of a region on which the value depends."""
     value = jaxpr.outvars[0]
-    steering = set() if isinstance(value, Literal) else {value}
-    for number in reversed(range(len(jaxpr.eqns))):
-        eqn = jaxpr.eqns[number]
-        if number in region.numbers or eqn.primitive.name == "stop_gradient":
+    steering = set(variables_of([value]))
+    numbered = list(enumerate(jaxpr.eqns))
+    for number, eqn in reversed(numbered):
+        is_stopped = eqn.primitive.name == "stop_gradient"
+        if is_stopped or number in region.numbers:
             continue
-        if any(variable in steering for variable in eqn.outvars):
-            steering.update(v for v in eqn.invars if not isinstance(v, Literal))
+        if not steering.isdisjoint(eqn.outvars):
+            steering.update(variables_of(eqn.invars))
+    steering &= region.moving
     results = [*region.stacked, *region.sums]
-    return [v for v in results if v in steering and v in region.moving]
+    return [v for v in results if v in steering]
 
 
 def _is_real(variable: Any) -> bool:
     dtype = getattr(variable.aval, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+    if dtype is None:
+        return False
+    return jnp.issubdtype(dtype, jnp.floating)
 
 
 # ---- internals: running it ----
@@ -370,13 +418,13 @@ def _is_real(variable: Any) -> bool:
 def _run(program: ClosedJaxpr, leaves: Sequence[Any], region: Region) -> list[Any]:
     """Run a program with a part of it in pieces."""
     jaxpr = program.jaxpr
-    env: Env = dict(zip(jaxpr.constvars, program.consts, strict=True))
-    env.update(zip(jaxpr.invars, leaves, strict=True))
+    env = inputs_of(program, leaves)
     before = []
     after = []
     for number, eqn in enumerate(jaxpr.eqns):
-        is_late = any(variable in region.later for variable in eqn.outvars)
-        if is_late or (eqn.effects and _uses_any(eqn, region)):
+        is_late = not region.later.isdisjoint(eqn.outvars)
+        has_effects = eqn.effects and _uses_any(eqn, region)
+        if is_late or has_effects:
             after.append(eqn)
         elif number not in region.numbers or number in region.twice:
             before.append(eqn)
@@ -384,61 +432,74 @@ def _run(program: ClosedJaxpr, leaves: Sequence[Any], region: Region) -> list[An
     with at_source(region.head, ()):
         env.update(_pieces_of(jaxpr, region, env))
     run_equations(after, env)
-    return [read(env, variable) for variable in jaxpr.outvars]
+    return read_all(env, jaxpr.outvars)
 
 
 def _uses_any(eqn: Any, region: Region) -> bool:
     results = {*region.stacked, *region.sums}
-    return any(v in results for v in eqn.invars if not isinstance(v, Literal))
+    return not results.isdisjoint(variables_of(eqn.invars))
+
+
+class _Taken(NamedTuple):
+    """Variables that a region takes, or their arrays: in pieces, and whole."""
+
+    pieces: list[Any]
+    whole: list[Any]
+
+
+def _taken(region: Region, moving: bool) -> _Taken:
+    """List what a region takes that moves with the parameters, or all the rest."""
+
+    def chosen(variables: Iterable[Any]) -> list[Any]:
+        return [v for v in variables if (v in region.moving) == moving]
+
+    return _Taken(chosen(region.taken), chosen(region.whole))
 
 
 def _pieces_of(jaxpr: Jaxpr, region: Region, env: Env) -> Env:
     """Return the results of a region."""
-    taken = list(region.taken)
-    whole = list(region.whole)
     eqns = [jaxpr.eqns[number] for number in sorted(region.numbers)]
-    moving = [
-        [v for v in taken if v in region.moving],
-        [v for v in whole if v in region.moving],
-    ]
-    still = [
-        [v for v in taken if v not in region.moving],
-        [v for v in whole if v not in region.moving],
-    ]
+    moving = _taken(region, moving=True)
+    still = _taken(region, moving=False)
     piece = partial(_piece, eqns, region, (moving, still))
 
-    apart = {
-        v: taken_apart(env[v], rows, region.pieces) for v, rows in region.taken.items()
-    }
+    apart: Env = {}
+    for variable, rows in region.taken.items():
+        apart[variable] = taken_apart(env[variable], rows, region.pieces)
 
-    def values(lists: list[list[Any]]) -> tuple[list[Any], list[Any]]:
-        return [apart[v] for v in lists[0]], [env[v] for v in lists[1]]
+    def arrays(taken: _Taken) -> _Taken:
+        pieces = read_all(apart, taken.pieces)
+        return _Taken(pieces, read_all(env, taken.whole))
 
     steering = _steering(region)
-    stacked, sums = _looped(piece, steering, values(moving), values(still))
-    results: Env = dict(zip(region.sums, sums, strict=True))
+    stacked, sums = _looped(piece, steering, arrays(moving), arrays(still))
+    results: Env = {}
+    write(results, region.sums, sums)
     for variable, x in zip(region.stacked, stacked, strict=True):
-        results[variable] = put_together(x, region.made[variable], region.pieces)
+        rows = region.made[variable]
+        results[variable] = put_together(x, rows, region.pieces)
     return results
 
 
 def _steering(region: Region) -> int | None:
     """Return the number of the sum that alone steers the gradient; None: several do."""
-    if len(region.steering) != 1 or region.steering[0] not in region.sums:
+    if len(region.steering) != 1:
+        return None
+    [steers] = region.steering
+    if steers not in region.sums or steers.aval.shape != ():
         return None
     variables = [*region.made, *region.sums]
     if any(v.aval.dtype == jnp.float16 for v in variables):
         return None
-    steers = region.steering[0]
-    return list(region.sums).index(steers) if steers.aval.shape == () else None
+    return list(region.sums).index(steers)
 
 
 def _piece(
     eqns: Sequence[Any],
     region: Region,
-    names: tuple[list[list[Any]], list[list[Any]]],
-    moving: tuple[list[Any], list[Any]],
-    still: tuple[list[Any], list[Any]],
+    names: tuple[_Taken, _Taken],
+    moving: _Taken,
+    still: _Taken,
 ) -> tuple[list[Any], list[Any]]:
     """Run a region on one piece of the rows.
 
@@ -454,44 +515,49 @@ def _piece(
       The pieces of the values that are stacked, and the sums over the rows.
     """
     env: Env = {}
-    for variables, values in zip(names, (moving, still), strict=True):
-        for own, arrays in zip(variables, values, strict=True):
-            env.update(zip(own, arrays, strict=True))
+    for variables, arrays in zip(names, (moving, still), strict=True):
+        write(env, variables.pieces, arrays.pieces)
+        write(env, variables.whole, arrays.whole)
+
     for eqn in eqns:
         variable = eqn.outvars[0]
+        rows = region.made.get(variable)
         operands = operands_of(eqn, env)
         with at_source(eqn, ()):
-            results = on_piece(eqn, region.made.get(variable), operands, region.pieces)
-        env[variable] = results[0]
-    return [env[v] for v in region.stacked], [env[v] for v in region.sums]
+            [env[variable]] = on_piece(eqn, rows, operands, region.pieces)
+    stacked = read_all(env, region.stacked)
+    return stacked, read_all(env, region.sums)
 
 
 # ---- internals: the loop and its gradient ----
 
 
-def _looped(piece: Callable, steering: int | None, moving: Any, still: Any) -> Any:
+def _looped(
+    piece: Callable, steering: int | None, moving: _Taken, still: _Taken
+) -> Any:
     """Run a function on all pieces, and give it a gradient that needs no logits.
 
     Args:
       piece: (moving, still) to (arrays to stack, arrays to add up).
       steering: as in `_steering`.
-      moving: (arrays with pieces along the leading dim, whole arrays) to differentiate.
+      moving: arrays to differentiate, those in pieces with a leading dim for these.
       still: the same, not to differentiate.
     """
-    dtypes = jax.tree.map(lambda x: x.dtype, moving)
+    dtypes = jax.tree.map(_dtype, moving)
 
     @jax.custom_vjp
-    def looped(moving: Any, still: Any) -> Any:
+    def looped(moving: _Taken, still: _Taken) -> Any:
         return _forward(piece, moving, still)
 
-    def forward(moving: Any, still: Any) -> Any:
+    def forward(moving: _Taken, still: _Taken) -> Any:
         if steering is None:
             return looped(moving, still), (moving, still)
         return _with_gradient(piece, steering, moving, still)
 
     def backward(kept: Any, cotangents: Any) -> Any:
         if steering is not None:
-            scaled = partial(_scaled, cotangents[1][steering])
+            _, of_sums = cotangents
+            scaled = partial(_scaled, of_sums[steering])
             return jax.tree.map(scaled, kept, dtypes), None
         own, others = kept
         return _again(piece, own, others, cotangents), None
@@ -500,64 +566,88 @@ def _looped(piece: Callable, steering: int | None, moving: Any, still: Any) -> A
     return looped(moving, still)
 
 
-def _forward(piece: Callable, moving: Any, still: Any) -> Any:
+def _forward(piece: Callable, moving: _Taken, still: _Taken) -> Any:
     def body(sums: Any, slices: Any) -> Any:
-        stacked, more = piece((slices[0], moving[1]), (slices[1], still[1]))
+        own, others = slices
+        here = moving._replace(pieces=own)
+        stacked, more = piece(here, still._replace(pieces=others))
         return _added(sums, more), stacked
 
     shapes = _sums(piece, moving, still)
-    sums, stacked = lax.scan(body, _zeros(shapes), (moving[0], still[0]))
-    return stacked, jax.tree.map(_cast, sums, shapes)
+    slices = (moving.pieces, still.pieces)
+    sums, stacked = lax.scan(body, _zeros(shapes), slices)
+    return stacked, _cast_all(sums, shapes)
 
 
-def _with_gradient(piece: Callable, steering: int, moving: Any, still: Any) -> Any:
+def _with_gradient(
+    piece: Callable,
+    steering: int,
+    moving: _Taken,
+    still: _Taken,
+) -> Any:
     """Run all pieces, and add up the gradient of one of the sums."""
 
     def body(carry: Any, slices: Any) -> Any:
-        def steered(own: Any, whole: Any) -> Any:
-            results = piece((own, whole), (slices[1], still[1]))
-            return results[1][steering], results
+        own, others = slices
+        fixed = still._replace(pieces=others)
 
-        gradient = jax.grad(steered, (0, 1), has_aux=True)
-        (own, whole), (stacked, more) = gradient(slices[0], moving[1])
+        def steered(own: Any, whole: Any) -> Any:
+            stacked, more = piece(_Taken(own, whole), fixed)
+            return more[steering], (stacked, more)
+
+        differentiated = jax.grad(steered, (0, 1), has_aux=True)
+        gradient, (stacked, more) = differentiated(own, moving.whole)
+        of_own, of_whole = gradient
         sums, total = carry
-        return (_added(sums, more), _added(total, whole)), (stacked, own)
+        carry = _added(sums, more), _added(total, of_whole)
+        return carry, (stacked, of_own)
 
     shapes = _sums(piece, moving, still)
-    first = (_zeros(shapes), _zeros(moving[1]))
-    last, (stacked, own) = lax.scan(body, first, (moving[0], still[0]))
+    first = (_zeros(shapes), _zeros(moving.whole))
+    slices = (moving.pieces, still.pieces)
+    last, (stacked, of_own) = lax.scan(body, first, slices)
     sums, total = last
-    return (stacked, jax.tree.map(_cast, sums, shapes)), (own, total)
+    results = stacked, _cast_all(sums, shapes)
+    return results, _Taken(of_own, total)
 
 
-def _again(piece: Callable, moving: Any, still: Any, cotangents: Any) -> Any:
+def _again(piece: Callable, moving: _Taken, still: _Taken, cotangents: Any) -> _Taken:
     """Return the gradient by all results of the loop, each piece computed again."""
     of_stacked, of_sums = cotangents
 
     def body(total: Any, slices: Any) -> Any:
         own, others, given = slices
+        fixed = still._replace(pieces=others)
 
         def run_piece(own: Any, whole: Any) -> Any:
-            return piece((own, whole), (others, still[1]))
+            return piece(_Taken(own, whole), fixed)
 
-        _, pull = jax.vjp(run_piece, own, moving[1])
-        gradient, whole = pull((given, of_sums))
-        return _added(total, whole), gradient
+        _, pull = jax.vjp(run_piece, own, moving.whole)
+        of_own, of_whole = pull((given, of_sums))
+        return _added(total, of_whole), of_own
 
-    first = _zeros(moving[1])
-    slices = (moving[0], still[0], of_stacked)
-    total, own = lax.scan(body, first, slices)
-    return own, jax.tree.map(_cast, total, moving[1])
+    first = _zeros(moving.whole)
+    slices = (moving.pieces, still.pieces, of_stacked)
+    total, of_own = lax.scan(body, first, slices)
+    return _Taken(of_own, _cast_all(total, moving.whole))
 
 
-def _sums(piece: Callable, moving: Any, still: Any) -> Any:
+def _sums(piece: Callable, moving: _Taken, still: _Taken) -> Any:
     """Return the shapes of the sums that a piece returns."""
 
-    def run_first(moving: Any, still: Any) -> Any:
-        own, others = jax.tree.map(lambda x: x[0], (moving[0], still[0]))
-        return piece((own, moving[1]), (others, still[1]))[1]
+    def first_piece(taken: _Taken) -> _Taken:
+        pieces = [x[0] for x in taken.pieces]
+        return taken._replace(pieces=pieces)
+
+    def run_first(moving: _Taken, still: _Taken) -> Any:
+        _, sums = piece(first_piece(moving), first_piece(still))
+        return sums
 
     return jax.eval_shape(run_first, moving, still)
+
+
+def _cast_all(arrays: Any, like: Any) -> Any:
+    return jax.tree.map(_cast, arrays, like)
 
 
 def _cast(x: jax.Array, like: Any) -> jax.Array:
@@ -568,20 +658,30 @@ def _zeros(shapes: Any) -> Any:
     """Return zeros to add up arrays of some shapes: at least in float32."""
 
     def zero(x: Any) -> jax.Array:
-        return jnp.zeros(x.shape, _wide(x.dtype))
+        wide = _wide(x.dtype)
+        return jnp.zeros(x.shape, wide)
 
     return jax.tree.map(zero, shapes)
 
 
 def _wide(dtype: Any) -> Any:
-    is_narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+    is_real = jnp.issubdtype(dtype, jnp.floating)
+    is_narrow = is_real and dtype.itemsize < 4
     return jnp.float32 if is_narrow else dtype
 
 
+def _dtype(x: Any) -> Any:
+    return x.dtype
+
+
 def _added(total: Any, more: Any) -> Any:
-    return jax.tree.map(lambda x, y: add_any(x, y.astype(x.dtype)), total, more)
+    def add(x: jax.Array, y: jax.Array) -> jax.Array:
+        return add_any(x, y.astype(x.dtype))
+
+    return jax.tree.map(add, total, more)
 
 
 def _scaled(factor: Any, gradient: jax.Array, dtype: Any) -> jax.Array:
     wide = gradient.astype(_wide(gradient.dtype))
-    return (wide * factor.astype(wide.dtype)).astype(dtype)
+    scaled = wide * factor.astype(wide.dtype)
+    return scaled.astype(dtype)

@@ -29,12 +29,16 @@ from jax import lax
 from lepton_jax.compat import ClosedJaxpr, Literal, scan_counts
 from lepton_jax.planner.rewrite.program import (
     Env,
+    Replaced,
     Uses,
     operands_of,
     read,
+    read_all,
     retraced,
     run,
     run_equations,
+    variables_of,
+    write,
 )
 
 # Operations that take less time than reading what they make.
@@ -82,6 +86,13 @@ class _Pair(NamedTuple):
     backward: Any
     remade: dict[int, _Remade]
 
+    def leaves(self) -> list[Any]:
+        """List the values of the body that all that is made again needs, each once."""
+        leaves: dict[Any, None] = {}
+        for made in self.remade.values():
+            leaves.update(dict.fromkeys(made.leaves))
+        return list(leaves)
+
 
 def is_candidate(eqn: Any) -> bool:
     """Whether an operation is one that the pass may write anew."""
@@ -91,11 +102,15 @@ def is_candidate(eqn: Any) -> bool:
 def rewrite(program: ClosedJaxpr) -> ClosedJaxpr:
     """Return a flat program whose loops keep less for their backward passes."""
     uses = Uses(program.jaxpr)
-    pairs = [pair for eqn in program.jaxpr.eqns if (pair := _pair(eqn, uses))]
+    pairs = []
+    for eqn in program.jaxpr.eqns:
+        pair = _pair(eqn, uses)
+        if pair is not None:
+            pairs.append(pair)
     forwards = {id(pair.forward): pair for pair in pairs}
     backwards = {id(pair.backward): pair for pair in pairs}
 
-    def rule(eqn: Any, env: Env) -> list[Any] | None:
+    def rule(eqn: Any, env: Env) -> Replaced:
         if id(eqn) in forwards:
             return _forward(forwards[id(eqn)], operands_of(eqn, env))
         if id(eqn) in backwards:
@@ -112,27 +127,39 @@ def _pair(backward: Any, uses: Uses) -> _Pair | None:
     """Return a loop with the one whose stacked results it reads, if that helps."""
     if backward.primitive.name != "scan" or backward.effects:
         return None
+    read_by = _read_by(backward, uses)
+    if not read_by:
+        return None
+    forward = uses.maker[next(iter(read_by))]
+    is_as_long = forward.params["length"] == backward.params["length"]
+    if forward.effects or not is_as_long:
+        return None
+    remade = _all_remade(forward, read_by)
+    if not remade:
+        return None
+    return _Pair(forward, backward, remade)
+
+
+def _read_by(backward: Any, uses: Uses) -> dict[Any, int]:
+    """Return the values of other loops that one alone reads, and as which operand."""
     first = sum(scan_counts(backward))
     read_by: dict[Any, int] = {}
-    makers = []
     for number, variable in enumerate(backward.invars[first:], first):
         maker = uses.made_by(variable, "scan")
         if maker is None or uses.only_user(variable) is not backward:
             continue
         read_by[variable] = number
-        makers.append(maker)
-    if not makers:
-        return None
-    forward = makers[0]
-    lengths = {eqn.params["length"] for eqn in (forward, backward)}
-    if forward.effects or len(lengths) > 1:
-        return None
+    return read_by
 
+
+def _all_remade(forward: Any, read_by: dict[Any, int]) -> dict[int, _Remade]:
+    """Return what of a loop's stacked results is made again, by who reads it."""
     consts, carried = scan_counts(forward)
     body = forward.params["jaxpr"].jaxpr
     inner = Uses(body)
-    there = {v for v in body.outvars[carried:] if not isinstance(v, Literal)}
-    there |= set(body.invars[consts + carried :])
+    there = set(variables_of(body.outvars[carried:]))
+    there.update(body.invars[consts + carried :])
+
     remade: dict[int, _Remade] = {}
     needed: set[Any] = set()
     for number in range(carried, len(body.outvars)):
@@ -146,8 +173,8 @@ def _pair(backward: Any, uses: Uses) -> _Pair | None:
         if made is not None:
             remade[read_by[outer]] = made
             there.discard(variable)
-            needed |= set(made.leaves)
-    return _Pair(forward, backward, remade) if remade else None
+            needed.update(made.leaves)
+    return remade
 
 
 def _remade(
@@ -169,8 +196,8 @@ def _remade(
             if maker is None or len(makers) == MOST_OPERATIONS:
                 return None
             makers[current] = maker
-            missing += [v for v in maker.invars if not isinstance(v, Literal)]
-    ordered = [eqn for made, eqn in uses.maker.items() if made in makers]
+            missing += variables_of(maker.invars)
+    ordered = [makers[made] for made in uses.maker if made in makers]
     return _Remade(number, tuple(ordered), tuple(leaves))
 
 
@@ -180,15 +207,18 @@ def _forward(pair: _Pair, operands: Sequence[Any]) -> list[Any]:
     body = eqn.params["jaxpr"]
     consts, carried = scan_counts(eqn)
     first = consts + carried
+    count = len(body.jaxpr.outvars)
     gone = {made.number for made in pair.remade.values()}
-    stays = [n for n in range(carried, len(body.jaxpr.outvars)) if n not in gone]
+    stays = [n for n in range(carried, count) if n not in gone]
 
     def step(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
         results = run(body, [*operands[:consts], *carry, *slices])
-        return results[:carried], [results[n] for n in stays]
+        stacked = [results[n] for n in stays]
+        return results[:carried], stacked
 
-    last, stacked = _scan(eqn, step, list(operands[consts:first]), operands[first:])
-    results = [*last, *[None] * (len(body.jaxpr.outvars) - carried)]
+    given = list(operands[consts:first])
+    last, stacked = _scan(eqn, step, given, operands[first:])
+    results = [*last, *[None] * (count - carried)]
     for number, values in zip(stays, stacked, strict=True):
         results[number] = values
     return results
@@ -200,21 +230,26 @@ def _backward(pair: _Pair, env: Env) -> list[Any]:
     body = eqn.params["jaxpr"]
     consts, carried = scan_counts(eqn)
     first = consts + carried
-    constants = [read(env, v) for v in eqn.invars[:consts]]
-    given = [read(env, v) for v in eqn.invars[consts:first]]
-    numbers = [n for n in range(first, len(eqn.invars)) if n not in pair.remade]
+    constants = read_all(env, eqn.invars[:consts])
+    given = read_all(env, eqn.invars[consts:first])
+    read_stacks = range(first, len(eqn.invars))
+    numbers = [n for n in read_stacks if n not in pair.remade]
     stacks = [read(env, eqn.invars[n]) for n in numbers]
-    leaves = dict.fromkeys(v for made in pair.remade.values() for v in made.leaves)
-    more = [read(env, _outside(pair.forward, leaf)) for leaf in leaves]
+    leaves = pair.leaves()
+    outside = [_outside(pair.forward, leaf) for leaf in leaves]
+    more = read_all(env, outside)
 
     def step(carry: list[Any], slices: Any) -> tuple[list[Any], list[Any]]:
         own, used = slices
-        inner: Env = dict(zip(leaves, used, strict=True))
-        values: dict[int, Any] = dict(zip(numbers, own, strict=True))
+        inner: Env = {}
+        write(inner, leaves, used)
+        values: dict[int, Any] = {}
+        write(values, numbers, own)
         for number, made in pair.remade.items():
             run_equations(made.eqns, inner)
-            values[number] = inner[made.eqns[-1].outvars[0]]
-        ordered = [values[n] for n in range(first, len(eqn.invars))]
+            last = made.eqns[-1]
+            values[number] = inner[last.outvars[0]]
+        ordered = [values[n] for n in read_stacks]
         results = run(body, [*constants, *carry, *ordered])
         return results[:carried], results[carried:]
 

@@ -24,7 +24,7 @@ The terms are the same; their order in a sum is not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,12 +35,19 @@ from jax import lax
 from lepton_jax.compat import ClosedJaxpr, Literal, scan_counts
 from lepton_jax.planner.rewrite.program import (
     Env,
+    Replaced,
     Uses,
     bind,
+    constants_of,
     operands_of,
     read,
+    read_all,
     retraced,
     run_equations,
+    shape_of_operand,
+    shape_of_result,
+    variables_of,
+    write,
 )
 
 SUMS = ("add_any", "add")
@@ -78,7 +85,7 @@ def is_candidate(eqn: Any) -> bool:
 def rewrite(program: ClosedJaxpr) -> ClosedJaxpr:
     """Return a flat program with faster loops."""
 
-    def rule(eqn: Any, env: Env) -> list[Any] | None:
+    def rule(eqn: Any, env: Env) -> Replaced:
         if eqn.primitive.name != "scan":
             return None
         loop = _Loop(eqn)
@@ -121,6 +128,16 @@ class _Product:
     dims: tuple[int, ...]
     eqns: list[Any] = field(default_factory=list)
 
+    def columns(self, eqn: Any) -> tuple[int, int]:
+        """Return where the columns of one of the products begin and end."""
+        start = 0
+        for own in self.eqns:
+            width = _width(own)
+            if own is eqn:
+                break
+            start += width
+        return start, start + width
+
 
 class _Loop:
     """A scan, and what leaves it.
@@ -147,8 +164,8 @@ class _Loop:
         self.sums = self._sums()
         self.results = self._results()
         self.products = self._products()
-        self.gains = bool(self.inputs or self.sums or self.results or self.products)
-        self.gains &= not eqn.effects
+        leaving = [*self.inputs, *self.sums, *self.results]
+        self.gains = not eqn.effects and bool(leaving or self.products)
 
     # ---- what leaves ----
 
@@ -159,112 +176,129 @@ class _Loop:
         kinds.update(dict.fromkeys(self.carry, CARRIED))
         kinds.update(dict.fromkeys(self.slices, SLICED))
         for eqn in self.body.jaxpr.eqns:
-            inputs = (kinds[v] for v in eqn.invars if not isinstance(v, Literal))
+            inputs = [kinds[v] for v in variables_of(eqn.invars)]
             kind = max(inputs, default=SAME)
             kinds.update(dict.fromkeys(eqn.outvars, kind))
         return kinds
 
     def _kind(self, variable: Any) -> int:
-        return SAME if isinstance(variable, Literal) else self.kinds[variable]
+        if isinstance(variable, Literal):
+            return SAME
+        return self.kinds[variable]
+
+    def _kinds_of(self, eqn: Any) -> list[int]:
+        """Return the kinds of an equation's operands."""
+        return [self._kind(operand) for operand in eqn.invars]
 
     def _inputs(self) -> list[Any]:
         """Return products of slices with kernels."""
-        return [
-            eqn
-            for eqn in self.body.jaxpr.eqns
-            if _is_plain_product(eqn)
-            and sorted(map(self._kind, eqn.invars)) == [SAME, SLICED]
-            and self._is_simple(eqn)
-        ]
+        found = []
+        for eqn in self.body.jaxpr.eqns:
+            if sorted(self._kinds_of(eqn)) != [SAME, SLICED]:
+                continue
+            if _is_plain_product(eqn) and self._is_simple(eqn):
+                found.append(eqn)
+        return found
 
     def _is_simple(self, eqn: Any) -> bool:
         """Whether a product is made of slices and constants by simple operations."""
-        there = dict.fromkeys((*self.slices, *self.constants))
+        there = dict.fromkeys([*self.slices, *self.constants])
         eqns = self._ancestors([eqn], there, {})
-        return all(inner.primitive.name in SIMPLE for inner in eqns)
+        return all(_is_simple(inner) for inner in eqns)
 
     def _sums(self) -> list[_Sum]:
         """Return carried sums that are only added to."""
         found = []
         for number, variable in enumerate(self.carry):
             user = self.uses.only_user(variable)
-            result = self.next[number]
             if user is None or user.primitive.name not in SUMS:
                 continue
-            once = sum(1 for other in self.body.jaxpr.outvars if other is result) == 1
-            if user.outvars[0] is not result or not once or self.uses.users(result):
+            result = self.next[number]
+            if user.outvars[0] is not result or not self._is_only_carried(result):
                 continue
-            added = user.invars[1 if user.invars[0] is variable else 0]
+            left, right = user.invars
+            added = right if left is variable else left
             term = self._term(number, added)
             if term is not None:
                 found.append(term)
         return found
 
+    def _is_only_carried(self, result: Any) -> bool:
+        """Whether a result goes to the next step alone."""
+        alike = [other for other in self.body.jaxpr.outvars if other is result]
+        return len(alike) == 1 and not self.uses.users(result)
+
     def _term(self, number: int, added: Any) -> _Sum | None:
         """Return the product, or sum over a batch, that is added at each step."""
         after: list[Any] = []
         eqn = self.uses.made_by(added, "transpose", "dot_general", "reduce_sum")
-        while eqn is not None and self.uses.only_user(eqn.outvars[0]) is not None:
-            if eqn.primitive.name == "transpose":
-                after.insert(0, eqn)
-                names = ("transpose", "dot_general")
-                eqn = self.uses.made_by(eqn.invars[0], *names)
-                continue
-            varies = all(self._kind(v) != SAME for v in eqn.invars)
-            is_sum = eqn.primitive.name == "reduce_sum" and not after
-            if varies and (is_sum or _is_plain_product(eqn)):
-                return _Sum(number, eqn, tuple(after))
+        while self._has_one_use(eqn) and eqn.primitive.name == "transpose":
+            after.insert(0, eqn)
+            eqn = self.uses.made_by(eqn.invars[0], "transpose", "dot_general")
+        if not self._has_one_use(eqn) or SAME in self._kinds_of(eqn):
             return None
+
+        is_sum = eqn.primitive.name == "reduce_sum"
+        if is_sum or _is_plain_product(eqn):
+            return _Sum(number, eqn, tuple(after))
         return None
+
+    def _has_one_use(self, eqn: Any) -> bool:
+        """Whether an equation is there, and one other uses its result."""
+        if eqn is None:
+            return False
+        return self.uses.only_user(eqn.outvars[0]) is not None
 
     def _results(self) -> list[Any]:
         """Return equations, from a product on, that only stacked results need."""
-        leaving: set[int] = set()
-        free: set[int] = set()
-        moved = {id(eqn) for eqn in self.inputs}
-        needed = {v for v in self.next if not isinstance(v, Literal)}
-        for eqn in reversed(self.body.jaxpr.eqns):
-            users = [user for v in eqn.outvars for user in self.uses.users(v)]
-            is_free = all(id(user) in free for user in users)
-            is_free &= eqn.primitive.name in SIMPLE
-            if is_free and not any(v in needed for v in eqn.outvars):
-                free.add(id(eqn))
+        leaving: list[Any] = []
+        made: set[Any] = set()  # by those
+        free = self._free() - _ids(self.inputs)
         for eqn in self.body.jaxpr.eqns:
-            if id(eqn) not in free or id(eqn) in moved:
+            if id(eqn) not in free:
                 continue
-            kinds = sorted(map(self._kind, eqn.invars))
-            follows = any(
-                id(maker) in leaving
-                for v in eqn.invars
-                if not isinstance(v, Literal)
-                and (maker := self.uses.maker.get(v)) is not None
-            )
-            if follows or (_is_plain_product(eqn) and kinds == [SAME, CARRIED]):
-                leaving.add(id(eqn))
-        return [eqn for eqn in self.body.jaxpr.eqns if id(eqn) in leaving]
+            kinds = sorted(self._kinds_of(eqn))
+            begins = _is_plain_product(eqn) and kinds == [SAME, CARRIED]
+            if begins or not made.isdisjoint(variables_of(eqn.invars)):
+                leaving.append(eqn)
+                made.update(eqn.outvars)
+        return leaving
+
+    def _free(self) -> set[int]:
+        """Return the ids of simple equations that the next step does not need."""
+        free: set[int] = set()
+        needed = set(variables_of(self.next))
+        for eqn in reversed(self.body.jaxpr.eqns):
+            if not _is_simple(eqn) or not needed.isdisjoint(eqn.outvars):
+                continue
+            users = [user for v in eqn.outvars for user in self.uses.users(v)]
+            if _ids(users) <= free:
+                free.add(id(eqn))
+        return free
 
     def _products(self) -> dict[int, _Product]:
         """Return products with kernels that stay in the loop, by their equations' ids.
 
         Only those that are shared, or whose kernels enter transposed.
         """
-        gone = {id(eqn) for eqn in (*self.inputs, *self.results)}
+        gone = _ids([*self.inputs, *self.results])
         shared: dict[Any, _Product] = {}
         for eqn in self.body.jaxpr.eqns:
             if id(eqn) in gone or not _is_kernel_product(eqn):
                 continue
-            if list(map(self._kind, eqn.invars)) != [CARRIED, SAME]:
+            if self._kinds_of(eqn) != [CARRIED, SAME]:
                 continue
             left = eqn.invars[0]
-            dims = tuple(eqn.params["dimension_numbers"][0][0])
+            contracted, _ = eqn.params["dimension_numbers"]
+            dims = tuple(contracted[0])
             product = shared.setdefault((left, dims), _Product(left, dims))
             product.eqns.append(eqn)
-        return {
-            id(eqn): product
-            for product in shared.values()
-            if len(product.eqns) > 1 or _enters_transposed(product.eqns[0])
-            for eqn in product.eqns
-        }
+
+        products = {}
+        for product in shared.values():
+            if len(product.eqns) > 1 or _enters_transposed(product.eqns[0]):
+                products.update(dict.fromkeys(_ids(product.eqns), product))
+        return products
 
     # ---- running it ----
 
@@ -272,16 +306,18 @@ class _Loop:
         """Run the loop on its operands, and what left it before and after."""
         first = self.consts + self.carried
         same = self._constants(operands)
-        stacks: Env = dict(zip(self.slices, operands[first:], strict=True))
+        stacks: Env = {}
+        write(stacks, self.slices, operands[first:])
         for eqn in self.inputs:
             eqns = self._ancestors([eqn], stacks, same)
-            values = self._over_steps(eqns, eqn.outvars, stacks, same)
-            stacks[eqn.outvars[0]] = values[0]
+            [product] = self._over_steps(eqns, eqn.outvars, stacks, same)
+            stacks[eqn.outvars[0]] = product
 
         given = operands[self.consts : first]
         carry = self._run_rest(given, stacks, same)
         for term in self.sums:
-            carry[term.number] = given[term.number] + self._total(term, stacks)
+            before = given[term.number]
+            carry[term.number] = before + self._total(term, stacks)
         after = [carry[number] for number in range(self.carried)]
         return after + self._stacked_results(stacks, same)
 
@@ -308,29 +344,26 @@ class _Loop:
 
         def step(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
             env = dict(same)
-            env.update(zip(carried, carry, strict=True))
-            env.update(zip(scanned, slices, strict=True))
+            write(env, carried, carry)
+            write(env, scanned, slices)
             run_equations(eqns, env, self._shared(kernels))
-            after = [read(env, v) for v in results]
-            return after, [env[v] for v in emitted]
+            return read_all(env, results), read_all(env, emitted)
 
         last, more = lax.scan(
             step,
             [given[number] for number in numbers],
-            [stacks[v] for v in scanned],
+            read_all(stacks, scanned),
             length=self.eqn.params["length"],
             reverse=self.eqn.params["reverse"],
             unroll=self.eqn.params["unroll"],
         )
-        stacks.update(zip(emitted, more, strict=True))
+        write(stacks, emitted, more)
         return dict(zip(numbers, last, strict=True))
 
     def _constants(self, operands: Sequence[Any]) -> Env:
         """Return the values that are the same at each step."""
-        jaxpr = self.body.jaxpr
-        same: Env = dict(zip(jaxpr.constvars, self.body.consts, strict=True))
-        given = operands[: self.consts]
-        same.update(zip(self.constants, given, strict=True))
+        same = constants_of(self.body)
+        write(same, self.constants, operands[: self.consts])
         self._run_same(same)
         return same
 
@@ -340,36 +373,34 @@ class _Loop:
         The rest stays, as XLA makes it of nothing where it is used.
         """
         wanted: set[Any] = set()
-        for eqn in (*self.inputs, *self.results, *self._all_products()):
-            wanted |= {v for v in eqn.invars if not isinstance(v, Literal)}
+        for eqn in [*self.inputs, *self.results, *self._all_products()]:
+            wanted.update(variables_of(eqn.invars))
         eqns = []
         for eqn in reversed(self.body.jaxpr.eqns):
             made = [v for v in eqn.outvars if v in wanted]
             if made and self.kinds[made[0]] == SAME:
                 eqns.append(eqn)
-                wanted |= {v for v in eqn.invars if not isinstance(v, Literal)}
+                wanted.update(variables_of(eqn.invars))
         run_equations(reversed(eqns), same)
 
     def _all_products(self) -> list[Any]:
-        by_id = {
-            id(eqn): eqn for product in self.products.values() for eqn in product.eqns
-        }
+        by_id = {}
+        for product in self.products.values():
+            by_id.update({id(eqn): eqn for eqn in product.eqns})
         return list(by_id.values())
 
     def _ancestors(self, eqns: list[Any], stacks: Env, same: Env) -> list[Any]:
         """Return equations and those before them, up to values that are there."""
         wanted: set[Any] = set()
-        chosen = {id(eqn) for eqn in eqns}
+        there = {*stacks, *same}
+        chosen = _ids(eqns)
         found = []
         for eqn in reversed(self.body.jaxpr.eqns):
-            is_wanted = any(v in wanted for v in eqn.outvars)
-            if id(eqn) in chosen or is_wanted:
+            is_wanted = not wanted.isdisjoint(eqn.outvars)
+            if is_wanted or id(eqn) in chosen:
                 found.append(eqn)
-                wanted |= {
-                    v
-                    for v in eqn.invars
-                    if not isinstance(v, Literal) and v not in stacks and v not in same
-                }
+                wanted.update(variables_of(eqn.invars))
+                wanted -= there
         return found[::-1]
 
     def _over_steps(
@@ -384,25 +415,28 @@ class _Loop:
         names = [v for v in stacks if v in used]
 
         def at_step(values: list[Any]) -> list[Any]:
-            env = {**same, **dict(zip(names, values, strict=True))}
+            env = dict(same)
+            write(env, names, values)
             run_equations(eqns, env)
-            return [env[v] for v in results]
+            return read_all(env, results)
 
-        return jax.vmap(at_step)([stacks[v] for v in names])
+        return jax.vmap(at_step)(read_all(stacks, names))
 
     def _emitted(self, stacks: Env) -> list[Any]:
         """Return variables whose values the loop must stack."""
-        gone = {v for eqn in self.results for v in eqn.outvars}
-        wanted: list[Any] = [v for v in self.stacked if not isinstance(v, Literal)]
+        wanted = variables_of(self.stacked)
         for term in self.sums:
             wanted += term.term.invars
         for eqn in self.results:
-            wanted += [v for v in eqn.invars if not isinstance(v, Literal)]
-        return [
-            v
-            for v in dict.fromkeys(wanted)
-            if v not in stacks and v not in gone and self._is_needed(v)
-        ]
+            wanted += variables_of(eqn.invars)
+
+        there = self._late_results().union(stacks)
+        distinct = dict.fromkeys(wanted)
+        return [v for v in distinct if v not in there and self._is_needed(v)]
+
+    def _late_results(self) -> set[Any]:
+        """Return what is made after the loop, for all steps at once."""
+        return {v for eqn in self.results for v in eqn.outvars}
 
     def _is_needed(self, variable: Any) -> bool:
         """Whether a variable can't be had outside of the loop."""
@@ -412,22 +446,27 @@ class _Loop:
         self, numbers: list[int], emitted: list[Any], stacks: Env
     ) -> list[Any]:
         """Return the equations that stay in the loop."""
-        needed = {*emitted, *(self.next[n] for n in numbers)}
+        needed = set(emitted)
+        needed.update(variables_of(self.next[n] for n in numbers))
         eqns = []
         for eqn in reversed(self.body.jaxpr.eqns):
-            if any(v in needed and v not in stacks for v in eqn.outvars):
+            made = needed.intersection(eqn.outvars)
+            if made - stacks.keys():
                 eqns.append(eqn)
-                needed |= {v for v in eqn.invars if not isinstance(v, Literal)}
+                needed.update(variables_of(eqn.invars))
         return eqns[::-1]
 
     def _kernels(self, eqns: list[Any], same: Env) -> dict[int, jax.Array]:
         """Return the kernels of each product, side by side, by the product's id."""
-        staying = {id(eqn) for eqn in eqns}
+        staying = _ids(eqns)
         kernels: dict[int, jax.Array] = {}
         for product in self.products.values():
             if id(product) in kernels or id(product.eqns[0]) not in staying:
                 continue
-            parts = [_kernel(eqn, read(same, eqn.invars[1])) for eqn in product.eqns]
+            parts = []
+            for eqn in product.eqns:
+                kernel = read(same, eqn.invars[1])
+                parts.append(_kernel(eqn, kernel))
             whole = jnp.concatenate(parts, 1) if len(parts) > 1 else parts[0]
             # XLA would put the transpose back into the loop.
             kernels[id(product)] = lax.optimization_barrier(whole)
@@ -437,18 +476,17 @@ class _Loop:
         """Return a rule that computes products with the same operand at once."""
         done: dict[int, jax.Array] = {}
 
-        def rule(eqn: Any, env: Env) -> list[Any] | None:
+        def rule(eqn: Any, env: Env) -> Replaced:
             product = self.products.get(id(eqn))
             if product is None or id(product) not in kernels:
                 return None
             if id(product) not in done:
                 left = _rows(product, read(env, product.left))
                 done[id(product)] = left @ kernels[id(product)]
-            place = next(i for i, own in enumerate(product.eqns) if own is eqn)
-            widths = [_width(own) for own in product.eqns]
-            start = sum(widths[:place])
-            y = done[id(product)][:, start : start + widths[place]]
-            return [y.reshape(eqn.outvars[0].aval.shape)]
+
+            start, stop = product.columns(eqn)
+            y = done[id(product)][:, start:stop]
+            return [y.reshape(shape_of_result(eqn))]
 
         return rule
 
@@ -457,30 +495,44 @@ class _Loop:
         eqn = term.term
         arrays = [stacks[v] for v in eqn.invars]
         if eqn.primitive.name == "reduce_sum":
-            axes = eqn.params["axes"]
-            return arrays[0].sum((0, *(axis + 1 for axis in axes)))
+            axes = _with_steps(eqn.params["axes"])
+            return arrays[0].sum(axes)
+
         (left, right), _ = eqn.params["dimension_numbers"]
         contracted = (_with_steps(left), _with_steps(right))
         numbers = (contracted, ((), ()))
-        total = bind(eqn, arrays, dimension_numbers=numbers)[0]
+        [total] = bind(eqn, arrays, dimension_numbers=numbers)
         env: Env = {eqn.outvars[0]: total}
         run_equations(term.after, env)
-        return env[term.after[-1].outvars[0]] if term.after else total
+        last = term.after[-1] if term.after else eqn
+        return env[last.outvars[0]]
 
     def _stacked_results(self, stacks: Env, same: Env) -> list[Any]:
         """Return the loop's stacked results."""
-        gone = {v for eqn in self.results for v in eqn.outvars}
-        late = [v for v in dict.fromkeys(self.stacked) if v in gone]
+        made = self._late_results()
+        distinct = dict.fromkeys(variables_of(self.stacked))
+        late = [v for v in distinct if v in made]
         if late:
             values = self._over_steps(self.results, late, stacks, same)
-            stacks.update(zip(late, values, strict=True))
-        pairs = zip(self.stacked, self.eqn.outvars[self.carried :], strict=True)
-        return [
-            jnp.full(outer.aval.shape, v.val, outer.aval.dtype)
-            if isinstance(v, Literal)
-            else stacks[v]
-            for v, outer in pairs
-        ]
+            write(stacks, late, values)
+
+        results = []
+        outside = self.eqn.outvars[self.carried :]
+        for v, outer in zip(self.stacked, outside, strict=True):
+            if isinstance(v, Literal):
+                aval = outer.aval
+                results.append(jnp.full(aval.shape, v.val, aval.dtype))
+            else:
+                results.append(stacks[v])
+        return results
+
+
+def _ids(eqns: Iterable[Any]) -> set[int]:
+    return {id(eqn) for eqn in eqns}
+
+
+def _is_simple(eqn: Any) -> bool:
+    return eqn.primitive.name in SIMPLE
 
 
 def _with_steps(dims: Sequence[int]) -> tuple[int, ...]:
@@ -492,7 +544,7 @@ def _is_plain_product(eqn: Any) -> bool:
     """Whether an equation is a product of two arrays without batch dims."""
     if eqn.primitive.name != "dot_general":
         return False
-    if any(isinstance(variable, Literal) for variable in eqn.invars):
+    if len(variables_of(eqn.invars)) < len(eqn.invars):
         return False
     (contracted, _), (batch, _) = eqn.params["dimension_numbers"]
     return bool(contracted) and not batch
@@ -502,18 +554,19 @@ def _is_kernel_product(eqn: Any) -> bool:
     """Whether an equation multiplies a kernel by rows, contracting their last dims."""
     if not _is_plain_product(eqn):
         return False
+    if eqn.params["precision"] is not None:
+        return False
+    variables = [*eqn.invars, *eqn.outvars]
+    dtypes = {variable.aval.dtype for variable in variables}
+    if len(dtypes) > 1:
+        return False
+
     (left, right), _ = eqn.params["dimension_numbers"]
-    rows = eqn.invars[0].aval.ndim - len(left)
-    params = eqn.params
-    is_default = params["precision"] is None
-    dtypes = {variable.aval.dtype for variable in (*eqn.invars, *eqn.outvars)}
-    return (
-        rows > 0
-        and tuple(left) == tuple(range(rows, rows + len(left)))
-        and len(right) < eqn.invars[1].aval.ndim
-        and is_default
-        and len(dtypes) == 1
-    )
+    rank = len(shape_of_operand(eqn, 0))
+    rows = rank - len(left)
+    if rows <= 0 or list(left) != list(range(rows, rank)):
+        return False
+    return len(right) < len(shape_of_operand(eqn, 1))
 
 
 def _enters_transposed(eqn: Any) -> bool:
@@ -527,7 +580,8 @@ def _kernel(eqn: Any, kernel: jax.Array) -> jax.Array:
     (_, right), _ = eqn.params["dimension_numbers"]
     free = [dim for dim in range(kernel.ndim) if dim not in right]
     rows = math.prod(kernel.shape[dim] for dim in right)
-    return kernel.transpose(*right, *free).reshape(rows, -1)
+    kernel = kernel.transpose(*right, *free)
+    return kernel.reshape(rows, -1)
 
 
 def _rows(product: _Product, left: jax.Array) -> jax.Array:
@@ -539,13 +593,14 @@ def _rows(product: _Product, left: jax.Array) -> jax.Array:
 def _width(eqn: Any) -> int:
     """Return the columns of a product's kernel as a matrix."""
     (_, right), _ = eqn.params["dimension_numbers"]
-    shape = eqn.invars[1].aval.shape
-    return math.prod(size for dim, size in enumerate(shape) if dim not in right)
+    shape = shape_of_operand(eqn, 1)
+    free = [size for dim, size in enumerate(shape) if dim not in right]
+    return math.prod(free)
 
 
 def _inputs_of(eqns: Sequence[Any], results: Sequence[Any]) -> set[Any]:
     """Return the variables that equations use, and those that are results."""
-    used = {v for v in results if not isinstance(v, Literal)}
+    used = set(variables_of(results))
     for eqn in eqns:
-        used |= {v for v in eqn.invars if not isinstance(v, Literal)}
+        used.update(variables_of(eqn.invars))
     return used

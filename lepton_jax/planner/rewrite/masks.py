@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lepton_jax.compat import Literal
-from lepton_jax.planner.rewrite.program import Uses
+from lepton_jax.planner.rewrite.program import Uses, shape_of_operand, shape_of_result
 
 # the name of each dim; None: neither queries nor keys
 Labels = tuple[str | None, ...]
@@ -65,7 +65,8 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "sub": np.subtract,
 }
 # Operations whose results are no positions, so a narrow dtype holds them.
-CHOSEN = ("eq", "ge", "gt", "le", "lt", "ne", "not", "and", "or", "bool", "select_n")
+COMPARISONS = ("eq", "ge", "gt", "le", "lt", "ne")
+CHOSEN = (*COMPARISONS, "not", "and", "or", "bool", "select_n")
 EXACT = 4  # bytes of a number that holds each position
 UNCHANGED = ("copy", "copy_p", "stop_gradient", "optimization_barrier")
 
@@ -116,7 +117,8 @@ def expression(
         return _positions(eqn, labels)
     moved = _only_moved(eqn, labels)
     if moved is not None:
-        inner = expression(eqn.invars[0], moved, uses, known)
+        source = eqn.invars[0]
+        inner = expression(source, moved, uses, known)
         if inner is not None and name == "convert_element_type":
             return _cast(inner, eqn.params["new_dtype"])
         return inner
@@ -147,19 +149,15 @@ def moved_labels(eqn: Any, labels: Labels) -> Labels | None:
         return tuple(moved)
     if name not in ("broadcast_in_dim", "reshape", "squeeze", "expand_dims"):
         return None
-    if not eqn.invars[0].aval.shape:
+    source = shape_of_operand(eqn)
+    target = shape_of_result(eqn)
+    if not source:
         return ()
-    source = eqn.invars[0].aval.shape
-    target = eqn.outvars[0].aval.shape
     if name == "broadcast_in_dim":
         places = eqn.params["broadcast_dimensions"]
         pairs = zip(source, places, strict=True)
         return tuple(labels[p] if n == target[p] else None for n, p in pairs)
-    # dims of extent 1 come and go; the others keep their order
-    if [n for n in source if n != 1] != [n for n in target if n != 1]:
-        return None
-    rest = iter([label for label, n in zip(labels, target, strict=True) if n != 1])
-    return tuple(None if n == 1 else next(rest) for n in source)
+    return _reshaped_labels(labels, source, target)
 
 
 @functools.lru_cache(maxsize=64)
@@ -172,7 +170,8 @@ def shown(seen: tuple[Expression, ...], queries: int, keys: int) -> Shown | None
       keys: number of keys.
     """
     try:
-        last = _part(seen, np.array([queries - 1]), keys)[0]
+        own = np.array([queries - 1])
+        [last] = _part(seen, own, keys)
     except (TypeError, ValueError, AttributeError):
         return None
     count = int(last.sum())
@@ -193,8 +192,27 @@ def seen_where_zero(bias: Expression) -> Expression:
 # ---- internals ----
 
 
+def _reshaped_labels(
+    labels: Labels, source: Sequence[int], target: Sequence[int]
+) -> Labels | None:
+    """Return the labels of an array before a reshape.
+
+    Dims of extent 1 come and go; the others must keep their order.
+    """
+    if _long(source) != _long(target):
+        return None
+    pairs = zip(labels, target, strict=True)
+    rest = iter([label for label, extent in pairs if extent != 1])
+    return tuple(None if extent == 1 else next(rest) for extent in source)
+
+
+def _long(shape: Sequence[int]) -> list[int]:
+    return [extent for extent in shape if extent != 1]
+
+
 def _positions(eqn: Any, labels: Labels) -> Expression | None:
-    label = labels[eqn.params["dimension"]]
+    dim = eqn.params["dimension"]
+    label = labels[dim]
     if label is None or not _is_exact(eqn.params["dtype"]):
         return None
     return ("iota", label)
@@ -216,7 +234,9 @@ def _is_exact(dtype: Any) -> bool:
     They are not in bfloat16 above 256, nor in unsigned numbers below zero.
     """
     dtype = np.dtype(dtype)
-    return dtype.kind == "b" or (dtype.kind in "if" and dtype.itemsize >= EXACT)
+    if dtype.kind == "b":
+        return True
+    return dtype.kind in "if" and dtype.itemsize >= EXACT
 
 
 def _cast(inner: Expression, dtype: Any) -> Expression | None:
@@ -234,12 +254,15 @@ def _constant(array: Any, labels: Labels) -> Expression | None:
     for extent, label in zip(array.shape, labels, strict=True):
         if extent > 1 and label is None:
             return None
-    return ("array", _kept(array.tobytes(), str(array.dtype), array.shape), labels)
+    content = array.tobytes()
+    constant = _kept(content, str(array.dtype), array.shape)
+    return ("array", constant, labels)
 
 
 @functools.lru_cache(maxsize=16)
 def _kept(content: bytes, dtype: str, shape: tuple[int, ...]) -> Constant:
-    return Constant(np.frombuffer(content, np.dtype(dtype)).reshape(shape))
+    array = np.frombuffer(content, np.dtype(dtype))
+    return Constant(array.reshape(shape))
 
 
 def _is_kind(
@@ -247,7 +270,8 @@ def _is_kind(
 ) -> bool:
     place = np.arange(keys)[None, :]
     for start, rows in _numbered(seen, queries, keys):
-        own = np.arange(start, start + len(rows))[:, None]
+        stop = start + len(rows)
+        own = np.arange(start, stop)[:, None]
         expected = np.ones_like(rows)
         if kind.causal:
             expected = place <= own
@@ -266,18 +290,21 @@ def _numbered(
     starts: Sequence[int] = range(0, queries, count)
     most = max(2, MOST_LOOKED_AT // (count * keys))
     if len(starts) > most:
-        places = np.linspace(0, len(starts) - 1, most).astype(int)
-        starts = [starts[place] for place in places]
+        places = np.linspace(0, len(starts) - 1, most)
+        starts = [starts[place] for place in places.astype(int)]
     for start in starts:
-        own = np.arange(start, min(start + count, queries))
+        stop = min(start + count, queries)
+        own = np.arange(start, stop)
         yield start, _part(seen, own, keys)
 
 
 def _part(seen: tuple[Expression, ...], own: np.ndarray, keys: int) -> np.ndarray:
     """Return the rows of a mask for some queries."""
     rows = np.ones((len(own), keys), bool)
+    places = np.arange(keys)[None, :]
     for part in seen:
-        rows &= _value(part, own[:, None], np.arange(keys)[None, :]).astype(bool)
+        value = _value(part, own[:, None], places)
+        rows &= value.astype(bool)
     return rows
 
 
@@ -289,22 +316,26 @@ def _value(part: Expression, queries: np.ndarray, keys: np.ndarray) -> np.ndarra
     if name == "number":
         return np.asarray(more[0])
     if name == "array":
-        return _picked(more[0].array, more[1], queries[:, 0])
+        constant, labels = more
+        return _picked(constant.array, labels, queries[:, 0])
     values = [_value(inner, queries, keys) for inner in more]
     if name == "bool":
         return values[0] != 0
     if name == "zero or hidden":
         (bias,) = values
-        if not np.all((bias == 0) | (bias <= HIDDEN)):
+        is_hidden = bias <= HIDDEN
+        is_zero = bias == 0
+        if not np.all(is_zero | is_hidden):
             raise ValueError
-        return bias == 0
+        return is_zero
     return OPERATIONS[name](*values)
 
 
 def _picked(array: np.ndarray, labels: Labels, queries: np.ndarray) -> np.ndarray:
     """Return the rows of a constant array for some queries, (queries, keys)."""
-    named = [label for n, label in zip(array.shape, labels, strict=True) if n > 1]
-    array = array.reshape([n for n in array.shape if n > 1])
+    pairs = zip(array.shape, labels, strict=True)
+    named = [label for extent, label in pairs if extent > 1]
+    array = array.squeeze()
     if named == [KEY, QUERY]:
         array = array.T
     if KEY not in named:

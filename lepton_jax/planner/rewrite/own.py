@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,7 @@ from lepton_jax.compat import Literal
 from lepton_jax.errors import ModelError
 from lepton_jax.planner.rewrite import notation
 from lepton_jax.planner.rewrite.notation import Names, Notation
+from lepton_jax.trees import with_leaves
 
 # the two operations
 OWN = "own_operation"
@@ -108,13 +109,14 @@ class Own:
         plan = _plan(self._forward())
         saved = _saved_dims(self)
         if self.backward:
-            pairs = zip(given.inputs, self.shapes, strict=True)
-            real = [names for names, x in pairs if _is_real(x)]
             seen = [given.results[i] for i in plan.results]
             slopes = [given.results[i] for i in plan.slopes]
-            given = Notation((*given.inputs, *seen, *saved, *slopes), tuple(real))
+            inputs = (*given.inputs, *seen, *saved, *slopes)
+            real = _of_real(given.inputs, self.shapes)
+            given = Notation(inputs, tuple(real))
         else:
-            given = Notation(given.inputs, (*given.results, *saved))
+            results = (*given.results, *saved)
+            given = Notation(given.inputs, results)
         for depth, places in enumerate(self.maps):
             given = _mapped_dims(given, places, f"{MAPPED}{depth}")
         return given
@@ -135,9 +137,10 @@ class Own:
     def whole(self) -> set[str]:
         """Return the names of dims that each device needs whole."""
         given = _forward_dims(self)
-        whole = set(self.rule.whole) | {notation.UNNAMED}
+        whole = {notation.UNNAMED, *self.rule.whole}
         for own in given.results:
-            whole |= given.names - set(own) - self.rule.summed
+            missing = given.names.difference(own)
+            whole |= missing - self.rule.summed
         return whole
 
     def run(self, platform: str, *arrays: Any) -> list[Any]:
@@ -155,11 +158,12 @@ class Own:
 
     def before(self) -> Own:
         """Return the forward pass of a gradient."""
-        maps = tuple(places[: len(self.shapes)] for places in self.maps)
-        return Own(self.rule, self.options, self.shapes, maps=maps)
+        count = len(self.shapes)
+        maps = tuple(places[:count] for places in self.maps)
+        return replace(self, backward=False, maps=maps)
 
     def _forward(self) -> Own:
-        return Own(self.rule, self.options, self.shapes)
+        return replace(self, backward=False, maps=())
 
 
 def called(own: Own, *arrays: Any) -> Any:
@@ -170,7 +174,9 @@ def called(own: Own, *arrays: Any) -> Any:
     """
     _check_results(own)
     results = _differentiated(own, *arrays)
-    return tuple(results) if _plan(own).several else results[0]
+    if _plan(own).several:
+        return tuple(results)
+    return results[0]
 
 
 # ---- internals ----
@@ -179,7 +185,7 @@ def called(own: Own, *arrays: Any) -> Any:
 def _check_results(own: Own) -> None:
     named = _forward_dims(own).results
     made = _plan(own).shapes
-    if [len(x.shape) for x in made] == [len(names) for names in named]:
+    if _ranks(made) == list(map(len, named)):
         return
     found = ", ".join(f"{x.dtype}{list(x.shape)}" for x in made)
     raise ModelError(
@@ -198,6 +204,16 @@ def _is_real(x: Any) -> bool:
     return bool(jnp.issubdtype(x.dtype, jnp.inexact))
 
 
+def _of_real(values: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
+    """Return the values that belong to arrays of real numbers, one for each array."""
+    pairs = zip(values, arrays, strict=True)
+    return [value for value, x in pairs if _is_real(x)]
+
+
+def _ranks(arrays: Sequence[Any]) -> list[int]:
+    return [len(x.shape) for x in arrays]
+
+
 def _function(own: Own, platform: str) -> Callable[..., tuple]:
     """Return the user's function, which returns a tuple."""
     options = dict(own.options)
@@ -207,7 +223,9 @@ def _function(own: Own, platform: str) -> Callable[..., tuple]:
 
     def call(*arrays: Any) -> tuple:
         results = own.rule.function(*arrays, **options)
-        return tuple(results) if isinstance(results, tuple | list) else (results,)
+        if isinstance(results, tuple | list):
+            return tuple(results)
+        return (results,)
 
     return call
 
@@ -300,9 +318,9 @@ def _names_all(own: Own, saved: Shapes) -> bool:
     named = own.rule.saves
     if named is None:
         return not any(x.shape for x in saved)
-    ranks = [len(x.shape) for x in saved]
-    leading = [1 for dims in named if dims[:1] == (notation.ANY,)]
-    if len(named) == len(saved) and (leading or ranks == list(map(len, named))):
+    has_any = any(dims[:1] == (notation.ANY,) for dims in named)
+    has_ranks = _ranks(saved) == list(map(len, named))
+    if has_ranks or (has_any and len(named) == len(saved)):
         return True
     found = ", ".join(f"{x.dtype}{list(x.shape)}" for x in saved) or "nothing"
     raise ModelError(
@@ -314,7 +332,7 @@ def _names_all(own: Own, saved: Shapes) -> bool:
 
 
 def _forward_dims(own: Own) -> Notation:
-    return notation.expanded(own.rule.notation, [len(x.shape) for x in own.shapes])
+    return notation.expanded(own.rule.notation, _ranks(own.shapes))
 
 
 def _saved_dims(own: Own) -> list[Names]:
@@ -329,14 +347,19 @@ def _saved_dims(own: Own) -> list[Names]:
 def _further_dims(own: Own, arrays: tuple[Names, ...]) -> tuple[Names, ...]:
     """Return the names of arrays that are neither operands nor results."""
     known = Notation(own.rule.notation.inputs, arrays)
-    return notation.expanded(known, [len(x.shape) for x in own.shapes]).results
+    expanded = notation.expanded(known, _ranks(own.shapes))
+    return expanded.results
 
 
 def _mapped_dims(given: Notation, places: Sequence[int | None], name: str) -> Notation:
     inputs = []
     for own, place in zip(given.inputs, places, strict=True):
-        inputs.append(own if place is None else (*own[:place], name, *own[place:]))
-    return Notation(tuple(inputs), tuple((name, *own) for own in given.results))
+        if place is None:
+            inputs.append(own)
+        else:
+            inputs.append((*own[:place], name, *own[place:]))
+    results = [(name, *own) for own in given.results]
+    return Notation(tuple(inputs), tuple(results))
 
 
 # ---- internals: what runs ----
@@ -350,25 +373,26 @@ def _forward(own: Own, platform: str, *arrays: Any) -> list[Any]:
         return list(function(*arrays))
     results, pull = jax.vjp(function, *arrays)
     first: dict[int, Any] = {}
-    leaves = jax.tree.leaves(pull)
-    for (kind, number), leaf in zip(plan.sources or (), leaves, strict=True):
+    sources = plan.sources or ()
+    for (kind, number), leaf in zip(sources, jax.tree.leaves(pull), strict=True):
         if kind == "saved":
             first.setdefault(number, leaf)
-    return [*results, *(first[number] for number in range(len(plan.saved)))]
+    saved = [first[number] for number in range(len(plan.saved))]
+    return [*results, *saved]
 
 
 def _backward(own: Own, platform: str, *arrays: Any) -> list[Any]:
     """Return the gradients of the operands that have one."""
     function = _function(own, platform)
     plan = _plan(own._forward())
-    count = len(own.shapes)
-    operands = arrays[:count]
+    given = list(arrays)
+    operands = _taken(given, len(own.shapes))
     parts = {
         "operand": operands,
-        "result": arrays[count : count + len(plan.results)],
-        "saved": arrays[count + len(plan.results) : len(arrays) - len(plan.slopes)],
+        "result": _taken(given, len(plan.results)),
+        "saved": _taken(given, len(given) - len(plan.slopes)),
     }
-    given = arrays[len(arrays) - len(plan.slopes) :]
+    slopes = iter(given)
     if plan.sources is None:
         # XLA would merge the two runs of the forward pass, and keep what it makes; and
         # it would begin the second one before there are slopes: of three layers in
@@ -377,25 +401,40 @@ def _backward(own: Own, platform: str, *arrays: Any) -> list[Any]:
         operands, _ = jax.lax.optimization_barrier((operands, given))
         _, pull = jax.vjp(function, *operands)
     else:
-        shapes = jax.eval_shape(lambda *xs: jax.vjp(function, *xs)[1], *operands)
+        shapes = jax.eval_shape(partial(_pull_of, function), *operands)
         leaves = [parts[kind][number] for kind, number in plan.sources]
-        pull = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+        pull = with_leaves(shapes, leaves)
 
-    slopes = iter(given)
     cotangents = []
-    for number, x in enumerate(jax.eval_shape(function, *operands)):
+    results = jax.eval_shape(function, *operands)
+    for number, x in enumerate(results):
         if number in plan.slopes:
             cotangents.append(next(slopes))
         else:
-            cotangents.append(np.zeros(x.shape, jax.dtypes.float0))
+            nothing = np.zeros(x.shape, jax.dtypes.float0)
+            cotangents.append(nothing)
     gradients = pull(tuple(cotangents))
-    pairs = zip(gradients, operands, strict=True)
-    return [gradient for gradient, x in pairs if _is_real(x)]
+    return _of_real(gradients, operands)
+
+
+def _taken(arrays: list[Any], count: int) -> list[Any]:
+    """Take the first arrays out of a list."""
+    taken = arrays[:count]
+    del arrays[:count]
+    return taken
+
+
+def _pull_of(function: Callable[..., tuple], *operands: Any) -> Any:
+    """Return the backward pass of a function."""
+    _, pull = jax.vjp(function, *operands)
+    return pull
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _differentiated(own: Own, *arrays: Any) -> list[Any]:
-    return own_p.bind(*arrays, own=own)[: len(_plan(own).shapes)]
+    made = own_p.bind(*arrays, own=own)
+    count = len(_plan(own).shapes)
+    return made[:count]
 
 
 def _kept(own: Own, *arrays: Any) -> tuple[list[Any], Any]:
@@ -403,14 +442,17 @@ def _kept(own: Own, *arrays: Any) -> tuple[list[Any], Any]:
     count = len(plan.shapes)
     made = own_p.bind(*arrays, own=own)
     needed = [made[number] for number in plan.results]
-    return made[:count], (arrays, needed, made[count:])
+    saved = made[count:]
+    return made[:count], (arrays, needed, saved)
 
 
 def _pulled(own: Own, kept: Any, cotangents: Any) -> tuple[Any, ...]:
     arrays, needed, saved = kept
-    slopes = [cotangents[number] for number in _plan(own).slopes]
-    backward = Own(own.rule, own.options, own.shapes, backward=True)
-    made = gradient_p.bind(*arrays, *needed, *saved, *slopes, own=backward)
+    numbers = _plan(own).slopes
+    slopes = [cotangents[number] for number in numbers]
+    backward = replace(own, backward=True, maps=())
+    operands = [*arrays, *needed, *saved, *slopes]
+    made = gradient_p.bind(*operands, own=backward)
     gradients = iter(made)
     return tuple(next(gradients) if _is_real(x) else None for x in arrays)
 
@@ -425,20 +467,17 @@ def _operation(name: str) -> Primitive:
     """Return an operation that is compiled as the user's function says."""
 
     def shapes(*arrays: Any, own: Own) -> list[Any]:
-        made = jax.eval_shape(partial(own.run, ""), *map(shape_of, arrays))
+        run = partial(own.run, "")
+        made = jax.eval_shape(run, *map(shape_of, arrays))
         return [jax.core.ShapedArray(x.shape, x.dtype) for x in made]
 
     def run_now(*arrays: Any, own: Own) -> Any:
-        return jax.jit(partial(primitive.bind, own=own))(*arrays)
+        bound = partial(primitive.bind, own=own)
+        return jax.jit(bound)(*arrays)
 
     def mapped(arrays: Any, places: Any, *, own: Own) -> Any:
-        outer = Own(
-            own.rule,
-            own.options,
-            own.shapes,
-            own.backward,
-            (*own.maps, tuple(places)),
-        )
+        maps = (*own.maps, tuple(places))
+        outer = replace(own, maps=maps)
         made = primitive.bind(*arrays, own=outer)
         return made, [0] * len(made)
 

@@ -30,7 +30,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from lepton_jax.compat import ClosedJaxpr
-from lepton_jax.planner.rewrite.program import Env, Uses, operands_of, retraced
+from lepton_jax.planner.rewrite.program import (
+    Env,
+    Replaced,
+    Uses,
+    operands_of,
+    retraced,
+)
 
 PRIMITIVES = {"reduce_window_max", "select_and_scatter_add"}
 
@@ -50,7 +56,7 @@ def rewrite(program: ClosedJaxpr) -> ClosedJaxpr:
     # (operand, window) to the place of the maximum, where it is known already
     places: dict[tuple[Any, tuple[int, ...]], jax.Array] = {}
 
-    def rule(eqn: Any, env: Env) -> list[Any] | None:
+    def rule(eqn: Any, env: Env) -> Replaced:
         name = eqn.primitive.name
         if not is_candidate(eqn):
             return None
@@ -59,7 +65,8 @@ def rewrite(program: ClosedJaxpr) -> ClosedJaxpr:
         if name == "reduce_window_max":
             x = operands[0]
             if _is_differentiated(eqn, uses):
-                places[eqn.invars[0], window] = place_of_maximum(x, window)
+                key = (eqn.invars[0], window)
+                places[key] = place_of_maximum(x, window)
             return [maximum(x, window)]
 
         gradient, x = operands
@@ -120,19 +127,20 @@ def at_places(
     stride = math.prod(window)
     for dim in inner:
         stride //= wide[dim]
-        step = lax.broadcasted_iota(jnp.uint8, wide, dim) * jnp.uint8(stride)
+        step = lax.broadcasted_iota(jnp.uint8, wide, dim)
+        step = step * jnp.uint8(stride)
         here = here + step
 
     def spread(y: jax.Array) -> jax.Array:
         return jnp.expand_dims(y, tuple(inner))
 
     zero = jnp.zeros((), values.dtype)
-    chosen = jnp.where(spread(place) == here, spread(values), zero)
+    is_chosen = spread(place) == here
+    chosen = jnp.where(is_chosen, spread(values), zero)
     extents = zip(values.shape, window, strict=True)
     filled = chosen.reshape([count * extent for count, extent in extents])
-    missing = [
-        (0, whole - part, 0) for whole, part in zip(shape, filled.shape, strict=True)
-    ]
+    pairs = zip(shape, filled.shape, strict=True)
+    missing = [(0, whole - part, 0) for whole, part in pairs]
     return lax.pad(filled, zero, missing)
 
 
@@ -141,11 +149,12 @@ def at_places(
 
 def _slices(x: jax.Array, window: Sequence[int]) -> list[jax.Array]:
     """Return the values at each place of a window, places in C order."""
-    counts = [size // extent for size, extent in zip(x.shape, window, strict=True)]
+    pairs = zip(x.shape, window, strict=True)
+    steps = [(size // extent - 1) * extent for size, extent in pairs]
     slices = []
     for place in itertools.product(*map(range, window)):
-        dims = zip(place, counts, window, strict=True)
-        limits = [first + (count - 1) * extent + 1 for first, count, extent in dims]
+        firsts = zip(place, steps, strict=True)
+        limits = [first + step + 1 for first, step in firsts]
         slices.append(lax.slice(x, place, limits, tuple(window)))
     return slices
 
@@ -156,7 +165,8 @@ def _tiles(eqn: Any) -> bool:
     window = tuple(params["window_dimensions"])
     if tuple(params["window_strides"]) != window:
         return False
-    if any(pad != (0, 0) for pad in map(tuple, params["padding"])):
+    pads = {tuple(pad) for pad in params["padding"]}
+    if not pads <= {(0, 0)}:
         return False
     for name in ("base_dilation", "window_dilation"):
         if any(step != 1 for step in params.get(name, ())):
@@ -164,7 +174,8 @@ def _tiles(eqn: Any) -> bool:
     if "select_prim" in params and params["select_prim"].name != "ge":
         return False
     x = eqn.invars[-1].aval
-    fits = all(size >= extent for size, extent in zip(x.shape, window, strict=True))
+    pairs = zip(x.shape, window, strict=True)
+    fits = all(size >= extent for size, extent in pairs)
     is_real = jnp.issubdtype(x.dtype, jnp.floating)
     return is_real and fits and 1 < math.prod(window) <= MOST_PLACES
 

@@ -21,11 +21,21 @@ import jax
 from jax import lax
 
 from lepton_jax.compat import ClosedJaxpr
-from lepton_jax.planner.rewrite.program import Env, bind, operands_of, retraced
+from lepton_jax.planner.rewrite.program import (
+    Env,
+    Replaced,
+    bind,
+    operands_of,
+    retraced,
+)
 
 # Fewest rows of a product that is rewritten. Assumption: with few of them the result's
 # transpose, which XLA can no longer leave out, costs as much as is gained.
 FEWEST_ROWS = 512
+
+# of a product's dimension numbers: the leading dims are summed over, none is a batch's
+LEADING = ((0,), (0,))
+NO_BATCH = ((), ())
 
 
 def is_candidate(eqn: Any) -> bool:
@@ -36,13 +46,15 @@ def is_candidate(eqn: Any) -> bool:
 def rewrite(program: ClosedJaxpr) -> ClosedJaxpr:
     """Return a flat program with faster products over rows."""
 
-    def rule(eqn: Any, env: Env) -> list[Any] | None:
+    def rule(eqn: Any, env: Env) -> Replaced:
         if eqn.primitive.name == "scan":
             body = rewrite(eqn.params["jaxpr"])
-            return bind(eqn, operands_of(eqn, env), jaxpr=body)
+            operands = operands_of(eqn, env)
+            return bind(eqn, operands, jaxpr=body)
         if not is_candidate(eqn):
             return None
-        return [_over_rows(eqn, *operands_of(eqn, env))]
+        left, right = operands_of(eqn, env)
+        return [_over_rows(eqn, left, right)]
 
     return retraced(program, rule)
 
@@ -65,12 +77,13 @@ def _over_rows(eqn: Any, left: Any, right: Any) -> jax.Array:
     """Return a product over rows, the operand with fewer columns first."""
     (contracted, _), _ = eqn.params["dimension_numbers"]
     rows = math.prod(left.shape[: len(contracted)])
-    matrices = [left.reshape(rows, -1), right.reshape(rows, -1)]
-    swaps = matrices[0].shape[1] > matrices[1].shape[1]
+    matrices = [x.reshape(rows, -1) for x in (left, right)]
+    columns = [matrix.shape[1] for matrix in matrices]
+    swaps = columns[0] > columns[1]
     product = bind(
         eqn,
         matrices[::-1] if swaps else matrices,
-        dimension_numbers=(((0,), (0,)), ((), ())),
+        dimension_numbers=(LEADING, NO_BATCH),
     )[0]
     # XLA would swap the operands to save itself a transpose of the result.
     product = lax.optimization_barrier(product)

@@ -33,8 +33,10 @@ CALLS = {
 NAMED_PARTS = ("jit", "pjit", "closed_call", "core_call")
 
 Env = dict[Any, Any]
-# (equation, values so far) to its results; None: it is bound as it is
-Rule = Callable[[Any, Env], list[Any] | None]
+# The results of an equation that is replaced; None: it is bound as it is.
+Replaced = list[Any] | None
+# (equation, values so far) to its results
+Rule = Callable[[Any, Env], Replaced]
 
 
 def flat(program: ClosedJaxpr) -> ClosedJaxpr:
@@ -48,11 +50,12 @@ def opened(program: ClosedJaxpr) -> ClosedJaxpr:
     Those in the bodies of its loops are opened, too.
     """
 
-    def rule(eqn: Any, env: Env) -> list[Any] | None:
+    def rule(eqn: Any, env: Env) -> Replaced:
         name = eqn.primitive.name
         operands = operands_of(eqn, env)
         if name == "scan":
-            return bind(eqn, operands, jaxpr=opened(eqn.params["jaxpr"]))
+            body = opened(eqn.params["jaxpr"])
+            return bind(eqn, operands, jaxpr=body)
         if name not in NAMED_PARTS:
             return None
         return run(called(eqn), operands, rule)
@@ -67,9 +70,19 @@ def retraced(program: ClosedJaxpr, rule: Rule) -> ClosedJaxpr:
       program: the program.
       rule: the replacement.
     """
+
+    def changed(*leaves: Any) -> list[Any]:
+        return run(program, leaves, rule)
+
     shapes = [_shape(variable.aval) for variable in program.jaxpr.invars]
-    traced = jax.make_jaxpr(lambda *leaves: run(program, leaves, rule))(*shapes)
-    return _without_dead(traced)
+    return _without_dead(jax.make_jaxpr(changed)(*shapes))
+
+
+def trace(function: Callable, *args: Any) -> tuple[ClosedJaxpr, Any]:
+    """Return the program of a function, opened, and the shapes of its results."""
+    traced = jax.make_jaxpr(function, return_shape=True)
+    program, shapes = traced(*args)
+    return opened(program), shapes
 
 
 def run(
@@ -87,11 +100,23 @@ def run(
       callers: equations of the calls around it, outermost first.
     """
     jaxpr = program.jaxpr
-    env: Env = {}
-    env.update(zip(jaxpr.constvars, program.consts, strict=True))
-    env.update(zip(jaxpr.invars, leaves, strict=True))
+    env = inputs_of(program, leaves)
     run_equations(jaxpr.eqns, env, rule, callers)
-    return [read(env, variable) for variable in jaxpr.outvars]
+    return read_all(env, jaxpr.outvars)
+
+
+def inputs_of(program: ClosedJaxpr, leaves: Sequence[Any]) -> Env:
+    """Return the values that a program begins with: constants and inputs."""
+    env = constants_of(program)
+    write(env, program.jaxpr.invars, leaves)
+    return env
+
+
+def constants_of(program: ClosedJaxpr) -> Env:
+    """Return the arrays that a program holds, by their variables."""
+    env: Env = {}
+    write(env, program.jaxpr.constvars, program.consts)
+    return env
 
 
 def run_equations(
@@ -106,7 +131,7 @@ def run_equations(
             results = rule(eqn, env) if rule else None
             if results is None:
                 results = bind(eqn, operands_of(eqn, env))
-        env.update(zip(eqn.outvars, results, strict=True))
+        write(env, eqn.outvars, results)
 
 
 def bind(
@@ -118,7 +143,9 @@ def bind(
     params = {**eqn.params, **changed}
     params = eqn.primitive.get_bind_params(params)
     results = eqn.primitive.bind(*operands, **params)
-    return list(results) if eqn.primitive.multiple_results else [results]
+    if eqn.primitive.multiple_results:
+        return list(results)
+    return [results]
 
 
 def read(env: Env, variable: Any) -> Any:
@@ -128,9 +155,34 @@ def read(env: Env, variable: Any) -> Any:
     return env[variable]
 
 
+def read_all(env: Env, variables: Iterable[Any]) -> list[Any]:
+    """Return the values of variables and literals."""
+    return [read(env, variable) for variable in variables]
+
+
+def write(env: Env, variables: Iterable[Any], values: Iterable[Any]) -> None:
+    """Put the values of variables into the environment."""
+    env.update(zip(variables, values, strict=True))
+
+
 def operands_of(eqn: Any, env: Env) -> list[Any]:
     """Return the values that an equation takes."""
-    return [read(env, variable) for variable in eqn.invars]
+    return read_all(env, eqn.invars)
+
+
+def variables_of(atoms: Iterable[Any]) -> list[Any]:
+    """Return those of some operands or results that are no literals."""
+    return [atom for atom in atoms if not isinstance(atom, Literal)]
+
+
+def shape_of_operand(eqn: Any, number: int = 0) -> tuple[int, ...]:
+    """Return the shape of an operand of an equation, the first if none is named."""
+    return eqn.invars[number].aval.shape
+
+
+def shape_of_result(eqn: Any) -> tuple[int, ...]:
+    """Return the shape of the first result of an equation."""
+    return eqn.outvars[0].aval.shape
 
 
 def equations(jaxpr: Jaxpr) -> Iterator[Any]:
@@ -149,7 +201,8 @@ def primitives(jaxpr: Jaxpr) -> set[str]:
 def parts(eqn: Any) -> Iterator[Jaxpr]:
     """Iterate over the programs that an equation runs: a loop's body, a call's, ..."""
     for value in eqn.params.values():
-        for inner in value if isinstance(value, tuple | list) else (value,):
+        several = isinstance(value, tuple | list)
+        for inner in value if several else (value,):
             if isinstance(inner, ClosedJaxpr):
                 yield inner.jaxpr
             elif isinstance(inner, Jaxpr):
@@ -158,8 +211,11 @@ def parts(eqn: Any) -> Iterator[Jaxpr]:
 
 def called(eqn: Any) -> ClosedJaxpr:
     """Return the program of a call, as `CALLS` names it."""
-    inner = eqn.params[CALLS[eqn.primitive.name]]
-    return ClosedJaxpr(inner, ()) if isinstance(inner, Jaxpr) else inner
+    parameter = CALLS[eqn.primitive.name]
+    inner = eqn.params[parameter]
+    if isinstance(inner, Jaxpr):
+        return ClosedJaxpr(inner, ())
+    return inner
 
 
 class Uses:
@@ -172,14 +228,13 @@ class Uses:
 
     def __init__(self, jaxpr: Jaxpr):
         self.maker: dict[Any, Any] = {}
-        self.results = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+        self.results = set(variables_of(jaxpr.outvars))
         self._users: dict[Any, list[Any]] = defaultdict(list)
         for eqn in jaxpr.eqns:
             for variable in eqn.outvars:
                 self.maker[variable] = eqn
-            for used in eqn.invars:
-                if not isinstance(used, Literal):
-                    self._users[used].append(eqn)
+            for used in variables_of(eqn.invars):
+                self._users[used].append(eqn)
 
     def users(self, variable: Any) -> list[Any]:
         """Return the equations that use a variable, each as often as it does."""
@@ -197,7 +252,9 @@ class Uses:
         if isinstance(variable, Literal):
             return None
         eqn = self.maker.get(variable)
-        return eqn if eqn is not None and eqn.primitive.name in names else None
+        if eqn is None or eqn.primitive.name not in names:
+            return None
+        return eqn
 
 
 def is_zero(variable: Any, uses: Uses) -> bool:
@@ -207,7 +264,8 @@ def is_zero(variable: Any, uses: Uses) -> bool:
         variable = eqn.invars[0]
     if not isinstance(variable, Literal):
         return False
-    return not getattr(variable.val, "shape", ()) and bool(variable.val == 0)
+    is_scalar = not getattr(variable.val, "shape", ())
+    return is_scalar and bool(variable.val == 0)
 
 
 def alike(left: Jaxpr, right: Jaxpr) -> bool:
@@ -215,17 +273,15 @@ def alike(left: Jaxpr, right: Jaxpr) -> bool:
 
     They may lie on different devices.
     """
-    if len(left.invars) != len(right.invars) or len(left.eqns) != len(right.eqns):
+    if _counts(left) != _counts(right):
         return False
-    same: dict[Any, Any] = {}
-    same.update(zip(left.invars, right.invars, strict=True))
-    if len(left.constvars) != len(right.constvars):
-        return False
-    same.update(zip(left.constvars, right.constvars, strict=True))
+    same: Env = {}
+    write(same, left.invars, right.invars)
+    write(same, left.constvars, right.constvars)
     for mine, theirs in zip(left.eqns, right.eqns, strict=True):
         if not _alike(mine, theirs, same):
             return False
-        same.update(zip(mine.outvars, theirs.outvars, strict=True))
+        write(same, mine.outvars, theirs.outvars)
     return _same_operands(left.outvars, right.outvars, same)
 
 
@@ -235,19 +291,31 @@ def alike(left: Jaxpr, right: Jaxpr) -> bool:
 PLACES = ("sharding", "out_sharding")
 
 
-def _alike(left: Any, right: Any, same: dict[Any, Any]) -> bool:
+def _counts(jaxpr: Jaxpr) -> tuple[int, int, int]:
+    """Return how many inputs, constants and equations a program has."""
+    return len(jaxpr.invars), len(jaxpr.constvars), len(jaxpr.eqns)
+
+
+def _alike(left: Any, right: Any, same: Env) -> bool:
     """Whether two equations are of one operation, on operands that are the same."""
     name = left.primitive.name
-    if name != right.primitive.name or len(left.outvars) != len(right.outvars):
+    if name != right.primitive.name:
+        return False
+    if len(left.outvars) != len(right.outvars):
         return False
     if not _same_operands(left.invars, right.invars, same):
         return False
     if name in CALLS:
         return alike(called(left).jaxpr, called(right).jaxpr)
-    if left.params.keys() != right.params.keys():
+    return _same_options(left.params, right.params)
+
+
+def _same_options(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    """Whether two equations have the same options, but for where arrays lie."""
+    if left.keys() != right.keys():
         return False
-    for option, mine in left.params.items():
-        theirs = right.params[option]
+    for option, mine in left.items():
+        theirs = right[option]
         if option in PLACES:
             continue
         if isinstance(mine, ClosedJaxpr):
@@ -258,29 +326,36 @@ def _alike(left: Any, right: Any, same: dict[Any, Any]) -> bool:
     return True
 
 
-def _same_operands(
-    left: Sequence[Any], right: Sequence[Any], same: dict[Any, Any]
-) -> bool:
+def _same_operands(left: Sequence[Any], right: Sequence[Any], same: Env) -> bool:
     if len(left) != len(right):
         return False
-    for mine, theirs in zip(left, right, strict=True):
-        if isinstance(mine, Literal) or isinstance(theirs, Literal):
-            both = isinstance(mine, Literal) and isinstance(theirs, Literal)
-            if not both or str(mine.val) != str(theirs.val):
-                return False
-        elif same.get(mine) is not theirs:
-            return False
-        own = mine.aval
-        if (own.shape, own.dtype) != (theirs.aval.shape, theirs.aval.dtype):
-            return False
-    return True
+    pairs = zip(left, right, strict=True)
+    return all(_same_operand(mine, theirs, same) for mine, theirs in pairs)
 
 
-def _inlined(eqn: Any, env: Env) -> list[Any] | None:
+def _same_operand(mine: Any, theirs: Any, same: Env) -> bool:
+    """Whether two operands are one value: equal literals, or variables of a pair."""
+    literals = [isinstance(operand, Literal) for operand in (mine, theirs)]
+    if all(literals):
+        is_same = str(mine.val) == str(theirs.val)
+    elif any(literals):
+        is_same = False
+    else:
+        is_same = same.get(mine) is theirs
+    return is_same and _kind(mine) == _kind(theirs)
+
+
+def _kind(operand: Any) -> tuple[Any, Any]:
+    """Return the shape and dtype of an operand."""
+    return operand.aval.shape, operand.aval.dtype
+
+
+def _inlined(eqn: Any, env: Env) -> Replaced:
     name = eqn.primitive.name
     operands = operands_of(eqn, env)
     if name == "scan":
-        return bind(eqn, operands, jaxpr=flat(eqn.params["jaxpr"]))
+        body = flat(eqn.params["jaxpr"])
+        return bind(eqn, operands, jaxpr=body)
     if name not in CALLS:
         return None
     return run(called(eqn), operands, _inlined)
@@ -294,10 +369,12 @@ def _shape(aval: Any) -> jax.ShapeDtypeStruct:
 def _without_dead(program: ClosedJaxpr) -> ClosedJaxpr:
     """Return a program without operations whose results nothing uses."""
     jaxpr = program.jaxpr
-    needed = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+    needed = set(variables_of(jaxpr.outvars))
     live = []
     for eqn in reversed(jaxpr.eqns):
-        if eqn.effects or any(variable in needed for variable in eqn.outvars):
+        is_needed = any(variable in needed for variable in eqn.outvars)
+        if eqn.effects or is_needed:
             live.append(eqn)
-            needed |= {v for v in eqn.invars if not isinstance(v, Literal)}
-    return program.replace(jaxpr=jaxpr.replace(eqns=live[::-1]))
+            needed.update(variables_of(eqn.invars))
+    jaxpr = jaxpr.replace(eqns=live[::-1])
+    return program.replace(jaxpr=jaxpr)

@@ -27,7 +27,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lepton_jax.planner.rewrite.program import bind
+from lepton_jax.planner.rewrite.program import (
+    bind,
+    shape_of_operand,
+    shape_of_result,
+)
 from lepton_jax.planner.rewrite.units import ELEMENTWISE
 
 # Functions of elements in addition to those that `units` knows.
@@ -79,6 +83,10 @@ class Rows(NamedTuple):
     dim: int
     minor: int
 
+    def at(self, dim: int) -> Rows:
+        """Return the same rows in another dim."""
+        return self._replace(dim=dim)
+
 
 # The rows of each operand (None: it is taken whole), or None: rows meet each other.
 Needs = list[Rows | None] | None
@@ -112,7 +120,7 @@ def follow(eqn: Any, number: int, rows: Rows, count: int) -> Rows | None:
     """
     if len(eqn.outvars) != 1:
         return None
-    for dim, extent in enumerate(eqn.outvars[0].aval.shape):
+    for dim, extent in enumerate(shape_of_result(eqn)):
         if extent and extent % count == 0:
             there = Rows(dim, extent // count)
             needed = needs(eqn, there)
@@ -123,7 +131,9 @@ def follow(eqn: Any, number: int, rows: Rows, count: int) -> Rows | None:
 
 def sums_rows(eqn: Any, rows: Rows) -> bool:
     """Whether an equation adds up all rows of its operand."""
-    return eqn.primitive.name == "reduce_sum" and rows.dim in eqn.params["axes"]
+    if eqn.primitive.name != "reduce_sum":
+        return False
+    return rows.dim in eqn.params["axes"]
 
 
 def on_piece(
@@ -143,14 +153,15 @@ def on_piece(
     if rows is None:
         return bind(eqn, operands)
     name = eqn.primitive.name
-    shape = list(eqn.outvars[0].aval.shape)
+    shape = list(shape_of_result(eqn))
     shape[rows.dim] //= pieces
     if name in ("broadcast_in_dim", "iota"):
         return bind(eqn, operands, shape=tuple(shape))
     if name == "reshape":
         return bind(eqn, operands, new_sizes=tuple(shape))
     if name == "gather":
-        return bind(eqn, operands, slice_sizes=_slice_sizes(eqn, operands[0]))
+        sizes = _slice_sizes(eqn, operands[0])
+        return bind(eqn, operands, slice_sizes=sizes)
     return bind(eqn, operands)
 
 
@@ -186,13 +197,19 @@ def put_together(x: jax.Array, rows: Rows, pieces: int) -> jax.Array:
 
 def _by_element(eqn: Any, rows: Rows) -> Needs:
     """Need the rows of what has them, and all of what is the same for each row."""
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of_result(eqn)
     needed: list[Rows | None] = []
     for operand in eqn.invars:
         own = operand.aval.shape
-        if not own or (len(own) == len(shape) and own[rows.dim] == 1):
+        if not own:
             needed.append(None)
-        elif len(own) == len(shape) and own[rows.dim] == shape[rows.dim]:
+            continue
+        if len(own) != len(shape):
+            return None
+
+        if own[rows.dim] == 1:
+            needed.append(None)
+        elif own[rows.dim] == shape[rows.dim]:
             needed.append(rows)
         else:
             return None
@@ -204,60 +221,70 @@ def _broadcast(eqn: Any, rows: Rows) -> Needs:
     if rows.dim not in places:
         return [None]
     dim = places.index(rows.dim)
-    operand = eqn.invars[0].aval.shape
-    is_whole = operand[dim] == eqn.outvars[0].aval.shape[rows.dim]
-    return [Rows(dim, rows.minor) if is_whole else None]
+    before = shape_of_operand(eqn)
+    after = shape_of_result(eqn)
+    if before[dim] != after[rows.dim]:
+        return [None]
+    return [rows.at(dim)]
 
 
 def _reshape(eqn: Any, rows: Rows) -> Needs:
     """Find the dim that has as many elements before it, and holds whole rows."""
     if eqn.params.get("dimensions") is not None:
         return None
-    target = eqn.outvars[0].aval.shape
-    source = eqn.invars[0].aval.shape
+    target = shape_of_result(eqn)
+    source = shape_of_operand(eqn)
     count = target[rows.dim] // rows.minor
     before = math.prod(target[: rows.dim])
     for dim, extent in enumerate(source):
-        if math.prod(source[:dim]) == before and extent > 1 and extent % count == 0:
+        if extent < 2 or extent % count:
+            continue
+        if math.prod(source[:dim]) == before:
             return [Rows(dim, extent // count)]
     return None
 
 
 def _transpose(eqn: Any, rows: Rows) -> Needs:
-    return [Rows(eqn.params["permutation"][rows.dim], rows.minor)]
+    permutation = eqn.params["permutation"]
+    return [rows.at(permutation[rows.dim])]
 
 
 def _reduction(eqn: Any, rows: Rows) -> Needs:
-    rank = len(eqn.invars[0].aval.shape)
-    kept = [dim for dim in range(rank) if dim not in eqn.params["axes"]]
-    return [Rows(kept[rows.dim], rows.minor)]
+    shape = shape_of_operand(eqn)
+    kept = _others(shape, eqn.params["axes"])
+    return [rows.at(kept[rows.dim])]
 
 
 def _squeeze(eqn: Any, rows: Rows) -> Needs:
-    rank = len(eqn.invars[0].aval.shape)
-    gone = {dim % rank for dim in eqn.params["dimensions"]}
-    kept = [dim for dim in range(rank) if dim not in gone]
-    return [Rows(kept[rows.dim], rows.minor)]
+    shape = shape_of_operand(eqn)
+    dims = eqn.params["dimensions"]
+    kept = _others(shape, [dim % len(shape) for dim in dims])
+    return [rows.at(kept[rows.dim])]
+
+
+def _others(shape: Sequence[int], dims: Sequence[int]) -> list[int]:
+    """Return the dims of a shape that are not among some."""
+    return [dim for dim in range(len(shape)) if dim not in dims]
 
 
 def _iota(eqn: Any, rows: Rows) -> Needs:
-    return None if eqn.params["dimension"] == rows.dim else []
+    if eqn.params["dimension"] == rows.dim:
+        return None
+    return []
 
 
 def _dot(eqn: Any, rows: Rows) -> Needs:
     contracted, batched = eqn.params["dimension_numbers"]
     if rows.dim < len(batched[0]):
-        left = Rows(batched[0][rows.dim], rows.minor)
-        return [left, Rows(batched[1][rows.dim], rows.minor)]
+        return [rows.at(dims[rows.dim]) for dims in batched]
 
     place = rows.dim - len(batched[0])
     for side in (0, 1):
-        rank = len(eqn.invars[side].aval.shape)
-        used = (*contracted[side], *batched[side])
-        free = [dim for dim in range(rank) if dim not in used]
+        shape = shape_of_operand(eqn, side)
+        free = _others(shape, [*contracted[side], *batched[side]])
         if place < len(free):
             needed: list[Rows | None] = [None, None]
-            needed[side] = Rows(free[place], rows.minor)
+            needed[side] = rows.at(free[place])
             return needed
         place -= len(free)
     return None
@@ -265,30 +292,41 @@ def _dot(eqn: Any, rows: Rows) -> Needs:
 
 def _gather(eqn: Any, rows: Rows) -> Needs:
     numbers = eqn.params["dimension_numbers"]
-    rank = len(eqn.outvars[0].aval.shape)
-    if rows.dim in numbers.offset_dims:  # each index takes a slice with all rows
-        operand = eqn.invars[0].aval.shape
-        gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-        sliced = [dim for dim in range(len(operand)) if dim not in gone]
-        dim = sliced[tuple(numbers.offset_dims).index(rows.dim)]
-        is_whole = eqn.params["slice_sizes"][dim] == operand[dim]
-        return [Rows(dim, rows.minor), None] if is_whole else None
+    if rows.dim in numbers.offset_dims:
+        return _gather_of_slices(eqn, rows)
 
-    others = [dim for dim in range(rank) if dim not in numbers.offset_dims]
+    others = _others(shape_of_result(eqn), numbers.offset_dims)
     place = others.index(rows.dim)
-    indices = Rows(place, rows.minor)
-    if place not in numbers.start_indices_batching_dims:
-        return [None, indices]
-    number = tuple(numbers.start_indices_batching_dims).index(place)
-    return [Rows(numbers.operand_batching_dims[number], rows.minor), indices]
+    batched = tuple(numbers.start_indices_batching_dims)
+    if place not in batched:
+        return [None, rows.at(place)]
+    dim = numbers.operand_batching_dims[batched.index(place)]
+    return [rows.at(dim), rows.at(place)]
+
+
+def _gather_of_slices(eqn: Any, rows: Rows) -> Needs:
+    """Need the rows of the operand: each index takes a slice with all of them."""
+    numbers = eqn.params["dimension_numbers"]
+    operand = shape_of_operand(eqn)
+    gone = [*numbers.collapsed_slice_dims, *numbers.operand_batching_dims]
+    sliced = _others(operand, gone)
+
+    place = tuple(numbers.offset_dims).index(rows.dim)
+    dim = sliced[place]
+    sizes = eqn.params["slice_sizes"]
+    if sizes[dim] != operand[dim]:
+        return None
+    return [rows.at(dim), None]
 
 
 def _slice_sizes(eqn: Any, operand: Any) -> tuple[int, ...]:
     """Return a gather's slice sizes for a piece of its operand."""
-    whole = eqn.invars[0].aval.shape
-    sizes = eqn.params["slice_sizes"]
-    triples = zip(sizes, whole, operand.shape, strict=True)
-    return tuple(own if size == extent else size for size, extent, own in triples)
+    whole = shape_of_operand(eqn)
+    sizes = list(eqn.params["slice_sizes"])
+    for dim, extent in enumerate(operand.shape):
+        if sizes[dim] == whole[dim]:
+            sizes[dim] = extent
+    return tuple(sizes)
 
 
 _RULES: dict[str, Callable[[Any, Rows], Needs]] = {

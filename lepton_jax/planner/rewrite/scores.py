@@ -19,7 +19,7 @@ import numpy as np
 from lepton_jax.compat import Literal
 from lepton_jax.planner.rewrite import masks
 from lepton_jax.planner.rewrite.masks import HIDDEN, KEY, QUERY, UNCHANGED, Labels
-from lepton_jax.planner.rewrite.program import Uses
+from lepton_jax.planner.rewrite.program import Uses, shape_of_result
 
 Known = Mapping[Any, Any]
 
@@ -54,15 +54,19 @@ class Walk:
 
     def maker(self, variable: Any) -> Any:
         """Return the equation that makes a variable; None: there is none."""
-        return None if isinstance(variable, Literal) else self.uses.maker.get(variable)
+        if isinstance(variable, Literal):
+            return None
+        return self.uses.maker.get(variable)
 
     def number(self, variable: Any) -> float | None:
         """Return the number that an array holds everywhere; None: it is not known."""
         if isinstance(variable, Literal):
-            return float(variable.val) if np.ndim(variable.val) == 0 else None
+            is_scalar = np.ndim(variable.val) == 0
+            return float(variable.val) if is_scalar else None
         if variable in self.known:
             array = np.asarray(self.known[variable])
-            return float(array.item()) if array.size == 1 else None
+            is_one = array.size == 1
+            return float(array.item()) if is_one else None
         eqn = self.maker(variable)
         if eqn is None:
             return None
@@ -71,10 +75,18 @@ class Walk:
             return self.number(eqn.invars[0])
         if variable.aval.shape or eqn.primitive.multiple_results:
             return None
-        numbers = [self.number(operand) for operand in eqn.invars]
+        numbers = self.numbers(eqn)
         if None in numbers or not numbers:
             return None
         return _computed(eqn, numbers)
+
+    def numbers(self, eqn: Any) -> list[float | None]:
+        """Return the numbers that an equation's operands hold, see `number`."""
+        return [self.number(operand) for operand in eqn.invars]
+
+    def expression(self, variable: Any, labels: Labels) -> Any:
+        """Return what computes a variable from positions, as `masks.expression`."""
+        return masks.expression(variable, labels, self.uses, self.known)
 
     def hides(self, fill: float) -> bool:
         """Whether a score that is replaced by a number counts for nothing."""
@@ -96,7 +108,9 @@ class Walk:
                 variable = eqn.invars[0]
                 continue
             step = STEPS.get(name)
-            variable = None if step is None else step(self, eqn, axes)
+            if step is None:
+                return None
+            variable = step(self, eqn, axes)
             if variable is None:
                 return None
 
@@ -134,48 +148,63 @@ class Walk:
 
     def _reduced(self, variable: Any, name: str, axes: Axes) -> Any:
         """Return the variable whose reduction over the keys is broadcast here."""
-        shape = getattr(variable.aval, "shape", ())
-        labels: Labels = tuple(
-            str(axis) if n > 1 else None for axis, n in zip(axes, shape, strict=True)
-        )
-        while True:
-            eqn = self.maker(variable)
+        labels = _labels(axes, getattr(variable.aval, "shape", ()))
+        eqn = self.maker(variable)
+        while not is_of(eqn, name):
             if eqn is None:
                 return None
-            own = eqn.primitive.name
-            if own == name:
-                break
-            if own in UNCHANGED or own == "convert_element_type":
-                variable = eqn.invars[0]
-                continue
-            if own == "max":  # with -inf, as `jax.nn.softmax` has it
-                numbers = [self.number(operand) for operand in eqn.invars]
-                if -math.inf not in numbers:
-                    return None
-                variable = eqn.invars[1 - numbers.index(-math.inf)]
-                continue
-            moved = masks.moved_labels(eqn, labels)
-            if moved is None:
+            before = self._before_broadcast(eqn, labels)
+            if before is None:
                 return None
-            labels = moved
-            variable = eqn.invars[0]
-        source = eqn.invars[0]
+            variable, labels = before
+            eqn = self.maker(variable)
+
         over = eqn.params["axes"]
         if len(over) != 1 or axes[over[0]] != self.keys:
             return None
-        kept = [axis for dim, axis in enumerate(axes) if dim != over[0]]
-        pairs = zip(kept, labels, eqn.outvars[0].aval.shape, strict=True)
-        if any(n > 1 and label != str(axis) for axis, label, n in pairs):
+        kept = [axis for axis in axes if axis != self.keys]
+        shape = shape_of_result(eqn)
+        expected = _labels(kept, shape)
+        if expected != _labels_where_long(labels, shape):
             return None
-        return source
+        return eqn.invars[0]
+
+    def _before_broadcast(self, eqn: Any, labels: Labels) -> tuple[Any, Labels] | None:
+        """Go back over an operation that only hands a reduction on."""
+        name = eqn.primitive.name
+        if name in UNCHANGED or name == "convert_element_type":
+            return eqn.invars[0], labels
+        if name == "max":  # with -inf, as `jax.nn.softmax` has it
+            numbers = self.numbers(eqn)
+            if -math.inf not in numbers:
+                return None
+            place = numbers.index(-math.inf)
+            return eqn.invars[1 - place], labels
+        moved = masks.moved_labels(eqn, labels)
+        if moved is None:
+            return None
+        return eqn.invars[0], moved
+
+
+def _labels(axes: Sequence[Axis], shape: Sequence[int]) -> Labels:
+    """Return axes as labels of an array's dims; those of extent 1 have none."""
+    names = [str(axis) for axis in axes]
+    return _labels_where_long(names, shape)
+
+
+def _labels_where_long(labels: Sequence[str | None], shape: Sequence[int]) -> Labels:
+    pairs = zip(labels, shape, strict=True)
+    return tuple(label if extent > 1 else None for label, extent in pairs)
 
 
 def _computed(eqn: Any, numbers: list[Any]) -> float | None:
     with jax.ensure_compile_time_eval():
         operands = []
         for number, operand in zip(numbers, eqn.invars, strict=True):
-            operands.append(jnp.asarray(number, operand.aval.dtype))
-        return float(eqn.primitive.bind(*operands, **eqn.params))
+            dtype = operand.aval.dtype
+            operands.append(jnp.asarray(number, dtype))
+        result = eqn.primitive.bind(*operands, **eqn.params)
+        return float(result)
 
 
 def is_of(eqn: Any, *names: str) -> bool:
@@ -201,14 +230,15 @@ def _cast(walk: Walk, eqn: Any, axes: Axes) -> Any:
 def _scaled(walk: Walk, eqn: Any, axes: Axes) -> Any:
     """Follow a product with a number, or a quotient by one."""
     left, right = eqn.invars
+    is_quotient = eqn.primitive.name == "div"
     number = walk.number(right)
     variable = left
-    if number is None and eqn.primitive.name == "mul":
+    if number is None and not is_quotient:
         number = walk.number(left)
         variable = right
-    if number is None or number == 0 or not math.isfinite(number):
+    if not number or not math.isfinite(number):
         return None
-    factor = 1 / number if eqn.primitive.name == "div" else number
+    factor = 1 / number if is_quotient else number
     if walk.inner is None:
         walk.factor *= factor
     else:
@@ -230,7 +260,9 @@ def _masked(walk: Walk, eqn: Any, axes: Axes) -> Any:
     if len(eqn.invars) != 3:
         return None
     which, off, on = eqn.invars
-    for fill, scores, seen in ((off, on, True), (on, off, False)):
+    hidden_where_false = (off, on, True)
+    hidden_where_true = (on, off, False)
+    for fill, scores, seen in (hidden_where_false, hidden_where_true):
         number = walk.number(fill)
         if number is None or not which.aval.shape:
             continue
@@ -244,9 +276,10 @@ def _biased(walk: Walk, eqn: Any, axes: Axes) -> Any:
     """Follow a sum with a mask of zeros and very low numbers."""
     if walk.later:  # what it adds would change
         return None
-    for bias, scores in (eqn.invars, eqn.invars[::-1]):
-        labels = tuple(KEY if axis == walk.keys else QUERY for axis in axes)
-        if masks.expression(bias, labels, walk.uses, walk.known) is not None:
+    labels = tuple(KEY if axis == walk.keys else QUERY for axis in axes)
+    left, right = eqn.invars
+    for bias, scores in ((left, right), (right, left)):
+        if walk.expression(bias, labels) is not None:
             walk.biases.append((bias, axes))
             return scores
     return None

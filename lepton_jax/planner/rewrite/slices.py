@@ -22,12 +22,14 @@ from jax import lax
 from lepton_jax.compat import ClosedJaxpr, Literal
 from lepton_jax.planner.rewrite.program import (
     Env,
+    Replaced,
     Uses,
     bind,
     is_zero,
     operands_of,
     read,
     retraced,
+    shape_of_result,
 )
 
 SUMS = ("add_any", "add")
@@ -57,14 +59,16 @@ def rewrite(program: ClosedJaxpr) -> ClosedJaxpr:
     """Return a flat program in which sums of padded parts are concatenations."""
     uses = Uses(program.jaxpr)
 
-    def rule(eqn: Any, env: Env) -> list[Any] | None:
+    def rule(eqn: Any, env: Env) -> Replaced:
         name = eqn.primitive.name
         if name == "scan":
             body = rewrite(eqn.params["jaxpr"])
-            return bind(eqn, operands_of(eqn, env), jaxpr=body)
+            operands = operands_of(eqn, env)
+            return bind(eqn, operands, jaxpr=body)
         if name not in SUMS:
             return None
-        parts = _side_by_side(_parts(eqn, uses), eqn.outvars[0].aval.shape)
+        shape = shape_of_result(eqn)
+        parts = _side_by_side(_parts(eqn, uses), shape)
         if not parts:
             return None
         arrays = [read(env, part.variable) for part in parts]
@@ -97,25 +101,33 @@ def _padded(eqn: Any, uses: Uses) -> list[_Part]:
     """Return what a pad with zeros, along one dim, holds; nothing for another pad."""
     operand, filler = eqn.invars
     config = eqn.params["padding_config"]
-    dims = [dim for dim, (low, high, _) in enumerate(config) if low or high]
-    plain = all(low >= 0 and high >= 0 and not inner for low, high, inner in config)
-    if isinstance(operand, Literal) or len(dims) != 1 or not plain:
+    if isinstance(operand, Literal) or not is_zero(filler, uses):
         return []
-    if not is_zero(filler, uses):
+    dims = []
+    for dim, (low, high, inner) in enumerate(config):
+        if low < 0 or high < 0 or inner:
+            return []
+        if low or high:
+            dims.append(dim)
+    if len(dims) != 1:
         return []
-    dim = dims[0]
-    start = int(config[dim][0])
-    return [_Part(operand, dim, start, start + operand.aval.shape[dim])]
+    [dim] = dims
+    low, _, _ = config[dim]
+    start = int(low)
+    stop = start + operand.aval.shape[dim]
+    return [_Part(operand, dim, start, stop)]
 
 
 def _side_by_side(parts: list[_Part], shape: tuple[int, ...]) -> list[_Part]:
     """Return parts in their order, if they fill a shape and none covers another."""
-    if not parts or len({part.dim for part in parts}) != 1:
+    dims = {part.dim for part in parts}
+    if len(dims) != 1:
         return []
+    [dim] = dims
     parts = sorted(parts, key=lambda part: part.start)
     end = 0
     for part in parts:
         if part.start != end:
             return []
         end = part.stop
-    return parts if end == shape[parts[0].dim] else []
+    return parts if end == shape[dim] else []

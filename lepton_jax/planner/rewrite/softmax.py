@@ -28,15 +28,20 @@ from lepton_jax.planner.rewrite import splash, written
 from lepton_jax.planner.rewrite.attention import How, attend
 from lepton_jax.planner.rewrite.program import (
     Env,
+    Replaced,
     Uses,
     bind,
+    constants_of,
     opened,
     operands_of,
     read,
+    read_all,
     retraced,
     run,
+    trace,
 )
 from lepton_jax.planner.rewrite.written import Written
+from lepton_jax.trees import with_leaves
 
 # Numbers that nobody uses: where the pattern has one, the program has its own.
 ANY_SCALE = 0.12345679
@@ -111,9 +116,11 @@ class Found(NamedTuple):
 
     def operands(self, env: Env) -> list[Any]:
         """Return query, key, value and segments."""
-        segments = None if self.segments is None else read(env, self.segments)
-        arrays = (self.query, self.key, self.value)
-        return [*(read(env, variable) for variable in arrays), segments]
+        arrays = read_all(env, [self.query, self.key, self.value])
+        segments = None
+        if self.segments is not None:
+            segments = read(env, self.segments)
+        return [*arrays, segments]
 
     def placed(self, out: Any) -> Any:
         """Return attention as the program has it."""
@@ -135,12 +142,11 @@ def fused(function: Callable, kernel: str) -> Callable:
         return function
 
     def faster(*args: Any) -> Any:
-        program, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-        program = opened(program)
-        known = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
-        program = _replaced(program, kernel, known)
-        results = run(program, jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+        program, shapes = trace(function, *args)
+        program = _replaced(program, kernel, constants_of(program))
+        leaves = jax.tree.leaves(args)
+        results = run(program, leaves)
+        return with_leaves(shapes, results)
 
     return faster
 
@@ -162,7 +168,7 @@ def find(jaxpr: Jaxpr, known: Known | None = None) -> Iterator[Found | Written]:
 
 def find_all(program: ClosedJaxpr) -> list[Found | Written]:
     """Return the attention in a program and its loops, its calls opened."""
-    known = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
+    known = constants_of(program)
     return list(_find_all(program.jaxpr, known))
 
 
@@ -174,33 +180,44 @@ def _find_all(jaxpr: Jaxpr, known: Known) -> Iterator[Found | Written]:
     eqn: Any
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "scan":
-            yield from _find_all(eqn.params["jaxpr"].jaxpr, _known_inside(eqn, known))
+            inside = _known_inside(eqn, known)
+            body = eqn.params["jaxpr"].jaxpr
+            yield from _find_all(body, inside)
 
 
 def _known_inside(eqn: Any, known: Known) -> dict[Any, Any]:
     """Return the variables of a loop's body whose arrays are known."""
     consts, _ = scan_counts(eqn)
     body = eqn.params["jaxpr"]
-    inside = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
-    for outer, inner in zip(eqn.invars[:consts], body.jaxpr.invars, strict=False):
+    inside = constants_of(body)
+    pairs = zip(eqn.invars[:consts], body.jaxpr.invars, strict=False)
+    for outer, inner in pairs:
         if not isinstance(outer, Literal) and outer in known:
             inside[inner] = known[outer]
     return inside
 
 
 def _replaced(program: ClosedJaxpr, kernel: str, known: Known) -> ClosedJaxpr:
-    found_at = {found.result: found for found in find(program.jaxpr, known)}
+    found_at: dict[Any, Found | Written] = {}
+    for found in find(program.jaxpr, known):
+        found_at[found.result] = found
 
-    def rule(eqn: Any, env: Env) -> list[Any] | None:
+    def rule(eqn: Any, env: Env) -> Replaced:
         if eqn.primitive.name == "scan":
             inside = _known_inside(eqn, known)
             body = _replaced(eqn.params["jaxpr"], kernel, inside)
-            return bind(eqn, operands_of(eqn, env), jaxpr=body)
-        found = found_at.get(eqn.outvars[0]) if eqn.outvars else None
+            operands = operands_of(eqn, env)
+            return bind(eqn, operands, jaxpr=body)
+        if not eqn.outvars:
+            return None
+        found = found_at.get(eqn.outvars[0])
         if found is None or not _takes(kernel, found):
             return None
+
         *arrays, segments = found.operands(env)
-        return [found.placed(attend(*arrays, found.how(kernel), segments))]
+        how = found.how(kernel)
+        out = attend(*arrays, how, segments)
+        return [found.placed(out)]
 
     return retraced(program, rule)
 
@@ -209,7 +226,8 @@ def _takes(kernel: str, found: Found | Written) -> bool:
     """Whether a kernel computes attention of these lengths."""
     if not kernel.startswith("splash"):
         return True
-    return splash.takes(found.shape[1], found.keys, found.causal)
+    _, queries, *_ = found.shape
+    return splash.takes(queries, found.keys, found.causal)
 
 
 def _attention(result: Any, uses: Uses, known: Known) -> Found | None:
@@ -219,12 +237,13 @@ def _attention(result: Any, uses: Uses, known: Known) -> Found | None:
         product = uses.made_by(product.invars[0], "dot_general", *MOVES)
     if product is None or len(result.aval.shape) != 4:
         return None
-    for value in product.invars:
-        shape = value.aval.shape
-        if len(shape) != 4 or value.aval.dtype != result.aval.dtype:
+    query = result.aval
+    for operand in product.invars:
+        value = operand.aval
+        if len(value.shape) != 4 or value.dtype != query.dtype:
             continue
         for kind in KINDS:
-            pattern = _pattern(result.aval.shape, shape, str(value.aval.dtype), kind)
+            pattern = _pattern(query.shape, value.shape, str(value.dtype), kind)
             if pattern is None:
                 continue
             match = _Match(pattern, uses, known)
@@ -242,15 +261,20 @@ def _pattern(
 ) -> ClosedJaxpr | None:
     """Return the program of attention; None: there is none of these shapes."""
     batch, length, heads, width = query
-    if (batch, width) != (key[0], key[3]) or heads % key[2]:
+    other_batch, keys, key_heads, other_width = key
+    if batch != other_batch or width != other_width:
         return None
-    if length != key[1] and (kind.windowed or kind.segmented):
+    if heads % key_heads:
+        return None
+    has_own_mask = kind.windowed or kind.segmented
+    if has_own_mask and length != keys:
         return None
 
     def attends(query: Any, key: Any, value: Any, *segments: Any) -> Any:
         mask = None
         for own in segments:
-            mask = own[:, None, :, None] == own[:, None, None, :]
+            of_queries = own[:, None, :, None]
+            mask = of_queries == own[:, None, None, :]
         return jax.nn.dot_product_attention(
             query,
             key,
@@ -261,9 +285,11 @@ def _pattern(
             local_window_size=(ANY_BEHIND, ANY_AHEAD) if kind.windowed else None,
         )
 
-    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in (query, key, key)]
+    shapes = (query, key, key)
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     if kind.segmented:
-        arrays.append(jax.ShapeDtypeStruct((batch, length), "int32"))
+        segments = jax.ShapeDtypeStruct((batch, length), "int32")
+        arrays.append(segments)
     return opened(jax.make_jaxpr(attends)(*arrays))
 
 
@@ -281,8 +307,7 @@ class _Match:
         self.known = known
         self.makers = Uses(pattern.jaxpr).maker
         self.inputs = set(pattern.jaxpr.invars)
-        pairs = zip(pattern.jaxpr.constvars, pattern.consts, strict=True)
-        self.consts = dict(pairs)
+        self.consts = constants_of(pattern)
         self.bound: dict[Any, Any] = {}
         self.scale = 1.0
         self.behind: int | None = None
@@ -323,26 +348,38 @@ class _Match:
         """Return the pairs that must be alike if these two are; None: they are not."""
         if isinstance(mine, Literal):
             return [] if self._is_number(mine, theirs) else None
-        if isinstance(theirs, Literal) or mine.aval.shape != theirs.aval.shape:
+        if isinstance(theirs, Literal):
             return None
+        if mine.aval.shape != theirs.aval.shape:
+            return None
+
         self.bound[mine] = theirs
         if mine in self.inputs:
-            return [] if mine.aval.dtype == theirs.aval.dtype else None
+            is_same = mine.aval.dtype == theirs.aval.dtype
+            return [] if is_same else None
         if mine in self.consts:
-            known = self.known.get(theirs)
-            is_known = known is not None and np.array_equal(self.consts[mine], known)
-            return [] if is_known else None
+            return [] if self._is_constant(mine, theirs) else None
         eqn = self.makers.get(mine)
         other = self.uses.maker.get(theirs)
-        if eqn is None or other is None or not _alike(eqn, other):
+        if eqn is None or other is None:
+            return None
+        if not _alike(eqn, other):
             return None
         return list(zip(eqn.invars, other.invars, strict=True))
+
+    def _is_constant(self, mine: Any, theirs: Any) -> bool:
+        """Whether a variable is known to hold a constant of the pattern."""
+        known = self.known.get(theirs)
+        if known is None:
+            return False
+        return np.array_equal(self.consts[mine], known)
 
     def _is_number(self, mine: Any, theirs: Any) -> bool:
         if not isinstance(theirs, Literal):
             return False
         if np.ndim(mine.val) == 0:
-            if np.isclose(float(mine.val), ANY_SCALE, 1e-6, 0):
+            number = float(mine.val)
+            if np.isclose(number, ANY_SCALE, rtol=1e-6, atol=0):
                 self.scale = float(theirs.val)
                 return True
             if mine.val == ANY_BEHIND:
@@ -356,14 +393,19 @@ class _Match:
 
 def _alike(eqn: Any, other: Any) -> bool:
     """Whether two equations are of one operation, with the same options."""
-    if eqn.primitive is not other.primitive or len(eqn.invars) != len(other.invars):
+    if eqn.primitive is not other.primitive:
+        return False
+    if len(eqn.invars) != len(other.invars):
         return False
     if eqn.params.keys() != other.params.keys():
         return False
+
     for name, own in eqn.params.items():
         if name in PLACES:
             continue
         theirs = other.params[name]
-        if own is not theirs and str(own) != str(theirs):
+        is_same = own is theirs or str(own) == str(theirs)
+        if not is_same:
             return False
-    return eqn.outvars[0].aval.dtype == other.outvars[0].aval.dtype
+    mine = eqn.outvars[0].aval
+    return mine.dtype == other.outvars[0].aval.dtype

@@ -26,7 +26,8 @@ def takes(queries: int, keys: int, causal: bool) -> bool:
 
     Where queries see all keys, they would see those that fill the last block, too.
     """
-    return causal or (queries % BLOCKS[-1] == 0 and keys % BLOCKS[-1] == 0)
+    least = BLOCKS[-1]
+    return causal or not (queries % least or keys % least)
 
 
 def padded(length: int) -> int:
@@ -49,11 +50,13 @@ def forward(
 ) -> list[jax.Array]:
     """Return attention and the logarithms of its sums, (batch, heads, length)."""
     length = query.shape[1]
-    kernel = _kernel(query.shape, key.shape, how, True)
+    kernel = _kernel(query.shape, key.shape, how, residuals=True)
     arrays = [_heads_first(x) for x in (how.scale * query, key, value)]
     arrays[0] = arrays[0].astype(query.dtype)
     out, (sums,) = jax.vmap(kernel)(*arrays, _segment_ids(segments))
-    return [_length_first(out, length), sums[..., :length].astype(jnp.float32)]
+    out = _length_first(out, length)
+    sums = sums[..., :length]
+    return [out, sums.astype(jnp.float32)]
 
 
 def backward(
@@ -70,16 +73,17 @@ def backward(
     kernel = _kernel(query.shape, key.shape, how, False)
     scaled = (how.scale * query).astype(query.dtype)
     arrays = [_heads_first(x) for x in (scaled, key, value, out, cotangent)]
-    missing = arrays[0].shape[2] - sums.shape[2]
-    sums = jnp.pad(sums, ((0, 0), (0, 0), (0, missing)))
+    sums = _to_whole_blocks(sums, 2)
     run: Any = functools.partial(splash_gradient, kernel)
     gradients = jax.vmap(run)(*arrays, sums, _segment_ids(segments))
     of_query, of_key, of_value = (
         _length_first(x, like.shape[1])
         for x, like in zip(gradients, (query, key, value), strict=True)
     )
-    of_query = (how.scale * of_query).astype(query.dtype)
-    return [of_query, of_key.astype(key.dtype), of_value.astype(value.dtype)]
+    of_query = how.scale * of_query
+    of_query = of_query.astype(query.dtype)
+    of_key = of_key.astype(key.dtype)
+    return [of_query, of_key, of_value.astype(value.dtype)]
 
 
 # ---- internals ----
@@ -91,9 +95,16 @@ def _heads_first(x: jax.Array) -> jax.Array:
     No query sees a key beyond its own position, and the cotangent of a query that is
     padding is zero.
     """
-    missing = padded(x.shape[1]) - x.shape[1]
-    x = jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0)))
+    x = _to_whole_blocks(x, 1)
     return x.transpose(0, 2, 1, 3)
+
+
+def _to_whole_blocks(x: jax.Array, dim: int) -> jax.Array:
+    """Return an array whose length, in a dim, is padded to whole blocks."""
+    length = x.shape[dim]
+    widths = [(0, 0)] * x.ndim
+    widths[dim] = (0, padded(length) - length)
+    return jnp.pad(x, widths)
 
 
 def _segment_ids(segments: Any) -> Any:
@@ -104,13 +115,14 @@ def _segment_ids(segments: Any) -> Any:
 
     whole = []
     for own in segments:
-        missing = padded(own.shape[1]) - own.shape[1]
-        whole.append(jnp.pad(own.astype(jnp.int32), ((0, 0), (0, missing))))
+        own = own.astype(jnp.int32)
+        whole.append(_to_whole_blocks(own, 1))
     return SegmentIds(*whole)
 
 
 def _length_first(x: jax.Array, length: int) -> jax.Array:
-    return x.transpose(0, 2, 1, 3)[:, :length]
+    x = x.transpose(0, 2, 1, 3)
+    return x[:, :length]
 
 
 def _kernel(queries: Any, keys: Any, how: Any, residuals: bool) -> Any:

@@ -25,9 +25,12 @@ from jax import lax
 from lepton_jax.compat import ClosedJaxpr
 from lepton_jax.planner.rewrite.program import (
     Env,
+    Replaced,
     bind,
     operands_of,
     retraced,
+    shape_of_operand,
+    shape_of_result,
 )
 
 # Dims from which on loops are slow: four are fast, five are not (see above).
@@ -78,20 +81,21 @@ def is_candidate(eqn: Any) -> bool:
     """Whether an operation is one that the pass may write anew."""
     name = eqn.primitive.name
     if name in REDUCTIONS:
-        return bool(_units(eqn.invars[0].aval.shape))
+        return bool(_units(shape_of_operand(eqn)))
     if name in ELEMENTWISE or name == "broadcast_in_dim":
-        return bool(_units(eqn.outvars[0].aval.shape))
+        return bool(_units(shape_of_result(eqn)))
     return False
 
 
 def rewrite(program: ClosedJaxpr) -> ClosedJaxpr:
     """Return a flat program whose arrays of many dims have none of extent 1."""
 
-    def rule(eqn: Any, env: Env) -> list[Any] | None:
+    def rule(eqn: Any, env: Env) -> Replaced:
         name = eqn.primitive.name
         if name == "scan":
             body = rewrite(eqn.params["jaxpr"])
-            return bind(eqn, operands_of(eqn, env), jaxpr=body)
+            operands = operands_of(eqn, env)
+            return bind(eqn, operands, jaxpr=body)
         if name in ELEMENTWISE:
             return _elementwise(eqn, env)
         if name in REDUCTIONS:
@@ -113,41 +117,53 @@ def _units(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(dim for dim, size in enumerate(shape) if size == 1)
 
 
-def _elementwise(eqn: Any, env: Env) -> list[Any] | None:
-    shape = eqn.outvars[0].aval.shape
+def _others(shape: Sequence[int], units: Sequence[int]) -> list[int]:
+    """Return the dims that are longer."""
+    return [dim for dim in range(len(shape)) if dim not in units]
+
+
+def _elementwise(eqn: Any, env: Env) -> Replaced:
+    shape = shape_of_result(eqn)
     units = _units(shape)
     if not units:
         return None
-    operands = [
-        lax.squeeze(x, units) if jnp.ndim(x) == len(shape) else x
-        for x in operands_of(eqn, env)
-    ]
-    return [lax.expand_dims(bind(eqn, operands)[0], units)]
+
+    def squeezed(x: Any) -> Any:
+        has_all = jnp.ndim(x) == len(shape)
+        return lax.squeeze(x, units) if has_all else x
+
+    operands = [squeezed(x) for x in operands_of(eqn, env)]
+    [result] = bind(eqn, operands)
+    return [lax.expand_dims(result, units)]
 
 
-def _reduction(eqn: Any, env: Env) -> list[Any] | None:
-    shape = eqn.invars[0].aval.shape
+def _reduction(eqn: Any, env: Env) -> Replaced:
+    shape = shape_of_operand(eqn)
     units = _units(shape)
     if not units:
         return None
-    x: jax.Array = lax.squeeze(operands_of(eqn, env)[0], units)
-    dims = [dim for dim in range(len(shape)) if dim not in units]
-    axes = [place for place, dim in enumerate(dims) if dim in eqn.params["axes"]]
+    [operand] = operands_of(eqn, env)
+    x: jax.Array = lax.squeeze(operand, units)
+    reduced = eqn.params["axes"]
+    dims = _others(shape, units)
+    axes = [place for place, dim in enumerate(dims) if dim in reduced]
     if axes:
-        x = bind(eqn, [x], axes=tuple(axes))[0]
-    return [x.reshape(eqn.outvars[0].aval.shape)]
+        [x] = bind(eqn, [x], axes=tuple(axes))
+    return [x.reshape(shape_of_result(eqn))]
 
 
-def _broadcast(eqn: Any, env: Env) -> list[Any] | None:
+def _broadcast(eqn: Any, env: Env) -> Replaced:
     shape = eqn.params["shape"]
     units = _units(shape)
     if not units or len(eqn.invars) > 1:
         return None
-    x = operands_of(eqn, env)[0]
-    places = {dim: i for i, dim in enumerate(eqn.params["broadcast_dimensions"])}
-    dims = [dim for dim in range(len(shape)) if dim not in units]
+    [x] = operands_of(eqn, env)
+    target = eqn.params["broadcast_dimensions"]
+    places = {dim: place for place, dim in enumerate(target)}
+    dims = _others(shape, units)
     used = [dim for dim in dims if dim in places]
-    x = jnp.reshape(x, [jnp.shape(x)[places[dim]] for dim in used])
+    before = jnp.shape(x)
+    x = jnp.reshape(x, [before[places[dim]] for dim in used])
     y = bind(
         eqn,
         [x],

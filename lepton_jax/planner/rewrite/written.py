@@ -20,6 +20,7 @@ operations; where it is another one, such as dropout, the program stays as it is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -31,7 +32,14 @@ from lepton_jax.compat import Jaxpr, Literal
 from lepton_jax.planner.rewrite import masks
 from lepton_jax.planner.rewrite.attention import How
 from lepton_jax.planner.rewrite.masks import KEY, QUERY, Labels
-from lepton_jax.planner.rewrite.program import Env, Uses, opened, read
+from lepton_jax.planner.rewrite.program import (
+    Env,
+    Uses,
+    opened,
+    read,
+    shape_of_operand,
+    shape_of_result,
+)
 from lepton_jax.planner.rewrite.scores import Axes, Axis, Known, Walk, is_of
 
 __all__ = ["Written", "find", "opened"]
@@ -53,14 +61,12 @@ class Operand(NamedTuple):
 
     def read(self, env: Env, dtype: Any) -> jax.Array:
         """Return the array, (batch, length, heads, width)."""
-        x = read(env, self.variable).astype(dtype)
+        x = read(env, self.variable)
+        x = x.astype(dtype)
         dims = [dim for dim in self.order if dim is not None]
-        rest = [dim for dim in range(x.ndim) if dim not in dims]  # of extent 1
-        x = x.transpose(*dims, *rest)
-        extents = iter(x.shape)
-        batch, length, heads, group, width = (
-            1 if dim is None else next(extents) for dim in self.order
-        )
+        rest = set(range(x.ndim)).difference(dims)  # of extent 1
+        x = x.transpose(*dims, *sorted(rest))
+        batch, length, heads, group, width = self.extents()
         return x.reshape(batch, length, heads * group, width)
 
     def extents(self) -> list[int]:
@@ -96,7 +102,8 @@ class Written(NamedTuple):
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Batch, length, heads and width."""
-        batch, length, heads, group, width = self.query.extents()
+        extents = self.query.extents()
+        batch, length, heads, group, width = extents
         return batch, length, heads * group, width
 
     @property
@@ -110,28 +117,34 @@ class Written(NamedTuple):
 
     def operands(self, env: Env) -> list[Any]:
         """Return query, key, value and segments as a kernel takes them."""
-        arrays = (self.query, self.key, self.value)
-        segments = None if self.segments is None else read(env, self.segments)
-        return [*(x.read(env, self.dtype) for x in arrays), segments]
+        operands = (self.query, self.key, self.value)
+        arrays = [x.read(env, self.dtype) for x in operands]
+        segments = None
+        if self.segments is not None:
+            segments = read(env, self.segments)
+        return [*arrays, segments]
 
     def placed(self, out: jax.Array) -> jax.Array:
         """Return attention as the program has it."""
         aval = self.result.aval
         dims = [dim for dim in self.place if dim is not None]
-        x = out.reshape([aval.shape[dim] for dim in dims])
-        return x.transpose(np.argsort(dims)).astype(aval.dtype)
+        shape = [aval.shape[dim] for dim in dims]
+        order = np.argsort(dims)
+        x = out.reshape(shape).transpose(order)
+        return x.astype(aval.dtype)
 
 
 def find(jaxpr: Jaxpr, known: Known) -> Iterator[Written]:
     """Iterate over the attention in a program, its calls opened, loops left out."""
     uses = Uses(jaxpr)
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            for side in (0, 1):
-                found = _attention(eqn, side, uses, known)
-                if found is not None:
-                    yield found
-                    break
+        if eqn.primitive.name != "dot_general":
+            continue
+        for side in (0, 1):
+            found = _attention(eqn, side, uses, known)
+            if found is not None:
+                yield found
+                break
 
 
 # ---- internals ----
@@ -149,42 +162,57 @@ def _attention(eqn: Any, side: int, uses: Uses, known: Known) -> Written | None:
     second = _Product.of(eqn, side)
     if second is None or len(second.free[1 - side]) != 1:
         return None
-    own = tuple(range(len(eqn.invars[side].aval.shape)))
     walk = Walk(uses, known, second.contracted[side])
-    scores = walk.shares(eqn.invars[side], own)
+    scores = walk.shares(eqn.invars[side], _axes(eqn, side))
     if scores is None:
         return None
     made = walk.scores(*scores)
     if made is None:
         return None
     first = _First.of(*made, walk.keys)
-    if first is None or set(first.batch) != set(second.batch[side]):
+    if first is None:
+        return None
+    if set(first.batch) != set(second.batch[side]):
         return None
     return _written(eqn, side, second, first, walk)
+
+
+def _axes(eqn: Any, side: int) -> Axes:
+    """Return the axes of the shares, which are an operand of the second product."""
+    rank = len(shape_of_operand(eqn, side))
+    return tuple(range(rank))
+
+
+Dims = tuple[int, ...]
 
 
 class _Product(NamedTuple):
     """The dims of a product that sums over one dim, each as (left, right)."""
 
     contracted: tuple[int, int]
-    batch: tuple[tuple[int, ...], tuple[int, ...]]
-    free: tuple[tuple[int, ...], tuple[int, ...]]
+    batch: tuple[Dims, Dims]
+    free: tuple[Dims, Dims]
 
     @classmethod
     def of(cls, eqn: Any, side: int = 0) -> _Product | None:
         contracted, batch = eqn.params["dimension_numbers"]
-        if len(contracted[0]) != 1:
+        left, right = (tuple(dims) for dims in contracted)
+        if len(left) != 1:
             return None
         free = []
         for number in (0, 1):
-            taken = {*contracted[number], *batch[number]}
-            rank = len(eqn.invars[number].aval.shape)
-            free.append(tuple(dim for dim in range(rank) if dim not in taken))
+            rank = len(shape_of_operand(eqn, number))
+            others = set(range(rank)).difference(contracted[number], batch[number])
+            free.append(tuple(sorted(others)))
         return cls(
-            (contracted[0][0], contracted[1][0]),
+            (left[0], right[0]),
             (tuple(batch[0]), tuple(batch[1])),
             (free[0], free[1]),
         )
+
+
+# axis of the scores to the dim of an array
+Places = dict[Axis | None, int]
 
 
 class _First(NamedTuple):
@@ -199,27 +227,40 @@ class _First(NamedTuple):
 
     query: Any
     key: Any
-    of_query: dict[Axis | None, int]
-    of_key: dict[Axis | None, int]
+    of_query: Places
+    of_key: Places
     widths: tuple[int, int]
     batch: Axes
+
+    def extent_of_query(self, axis: Axis) -> int:
+        """Return the extent of the queries along an axis."""
+        shape = self.query.aval.shape
+        return shape[self.of_query[axis]]
+
+    def extent_of_key(self, axis: Axis) -> int:
+        """Return the extent of the keys along an axis."""
+        shape = self.key.aval.shape
+        return shape[self.of_key[axis]]
 
     @classmethod
     def of(cls, eqn: Any, axes: Axes, keys: Axis) -> _First | None:
         product = _Product.of(eqn)
         if product is None:
             return None
+        # the axes of a product: those of the batch, the left ones, the right ones
         count = len(product.batch[0])
+        middle = count + len(product.free[0])
         batch = axes[:count]
-        rest = list(axes[count:])
-        free = [rest[: len(product.free[0])], rest[len(product.free[0]) :]]
-        side = 0 if free[0] == [keys] else 1
-        if free[side] != [keys]:
+        free = [axes[count:middle], axes[middle:]]
+        side = 0 if free[0] == (keys,) else 1
+        if free[side] != (keys,):
             return None
-        places: list[dict[Axis | None, int]] = []
+
+        places: list[Places] = []
         for number in (0, 1):
-            dims = (*product.batch[number], *product.free[number])
-            places.append(dict(zip((*batch, *free[number]), dims, strict=True)))
+            own = batch + free[number]
+            dims = product.batch[number] + product.free[number]
+            places.append(dict(zip(own, dims, strict=True)))
         other = 1 - side
         return cls(
             eqn.invars[other],
@@ -231,6 +272,10 @@ class _First(NamedTuple):
         )
 
 
+# axes in the order of an operand's dims: batch, length, key heads, group
+Order = tuple[Axis | None, ...]
+
+
 class _Roles(NamedTuple):
     """The axes of the scores by their roles; None: there is no such axis."""
 
@@ -239,59 +284,53 @@ class _Roles(NamedTuple):
     heads: Axis | None
     group: Axis | None
 
+    def order(self) -> Order:
+        """Return the axes in the order of the dims of the queries, and the result."""
+        return self.batch, self.length, self.heads, self.group
+
+    def order_of_keys(self, keys: Axis) -> Order:
+        """Return the axes in the order of the dims of keys and values."""
+        return self.batch, keys, self.heads, None
+
 
 def _roles(first: _First, axes: Axes, keys: Axis) -> Iterator[_Roles]:
     """Yield what the axes may be: any of two free axes of the queries is the length."""
-    batch = sorted(first.batch, key=lambda axis: first.of_query[axis])
-    free = [axis for axis in axes if axis != keys and axis not in batch]
+    batch = sorted(first.batch, key=first.of_query.__getitem__)
+    taken = (keys, *batch)
+    free = [axis for axis in axes if axis not in taken]
     if len(batch) > 2 or not 1 <= len(free) <= 2:
         return
-    samples = batch[0] if batch else None
-    heads = batch[1] if len(batch) > 1 else None
-    keys_extent = first.key.aval.shape[first.of_key[keys]]
+    samples, heads, *_ = [*batch, None, None]
+    count = first.extent_of_key(keys)
 
-    def rank(axis: Axis) -> bool:
-        return first.query.aval.shape[first.of_query[axis]] != keys_extent
+    def differs(axis: Axis) -> bool:
+        return first.extent_of_query(axis) != count
 
-    for length in sorted(free, key=rank):
-        group = next((axis for axis in free if axis != length), None)
+    for length in sorted(free, key=differs):
+        others: list[Axis | None] = [axis for axis in free if axis != length]
+        group = others[0] if others else None
         yield _Roles(samples, length, heads, group)
 
 
 def _written(
     eqn: Any, side: int, second: _Product, first: _First, walk: Walk
 ) -> Written | None:
-    axes = tuple(range(len(eqn.invars[side].aval.shape)))
-    roles: _Roles | None = None
-    mask: _Mask | None = None
-    for roles in _roles(first, axes, walk.keys):
-        mask = _mask_of(walk, roles, first)
-        if mask is not None:
-            break
-    if roles is None or mask is None:
+    masked = _masked(walk, first, _axes(eqn, side))
+    if masked is None:
         return None
+    roles, mask = masked
 
-    of_value: dict[Axis | None, int] = {}
-    of_value.update(zip(second.batch[side], second.batch[1 - side], strict=True))
-    of_value[walk.keys] = second.contracted[1 - side]
-    order = (roles.batch, walk.keys, roles.heads)
-    value = eqn.invars[1 - side]
-    query = Operand(
-        first.query,
-        (*(first.of_query.get(axis) for axis in roles_order(roles)), first.widths[0]),
+    operands = _Operands(
+        _query(first, roles),
+        _key(first, roles, walk.keys),
+        _value(eqn, 1 - side, second, roles, walk.keys),
     )
-    keys = Operand(
-        first.key, (*(first.of_key.get(axis) for axis in order), None, first.widths[1])
-    )
-    values = Operand(
-        value,
-        (*(of_value.get(axis) for axis in order), None, second.free[1 - side][0]),
-    )
-    dtype = _dtype(walk, query, keys, values)
-    if dtype is None or query.extents()[-1] != values.extents()[-1]:
+    dtype = _dtype(walk, operands)
+    if dtype is None or not operands.have_one_width():
         return None
-    query, keys, values = (_uncast(walk, x, dtype) for x in (query, keys, values))
-    query, keys, values = _unrepeated(walk, query, keys, values)
+    uncast = _Operands(*(_uncast(walk, x, dtype) for x in operands))
+    operands = _unrepeated(walk, uncast)
+
     scale = walk.factor
     cap = None
     if walk.inner is not None:
@@ -301,9 +340,7 @@ def _written(
             return None
     return Written(
         eqn.outvars[0],
-        query,
-        keys,
-        values,
+        *operands,
         mask.segments,
         mask.shown.causal,
         scale,
@@ -314,22 +351,64 @@ def _written(
     )
 
 
-def roles_order(roles: _Roles) -> tuple[Axis | None, ...]:
-    """Return the axes in the order of an operand's dims."""
-    return roles.batch, roles.length, roles.heads, roles.group
+def _masked(walk: Walk, first: _First, axes: Axes) -> tuple[_Roles, _Mask] | None:
+    """Return the first roles of the axes in which the masks make sense, and these."""
+    for roles in _roles(first, axes, walk.keys):
+        mask = _mask_of(walk, roles, first)
+        if mask is not None:
+            return roles, mask
+    return None
+
+
+class _Operands(NamedTuple):
+    query: Operand
+    key: Operand
+    value: Operand
+
+    def have_one_width(self) -> bool:
+        """Whether queries are as wide as values."""
+        return self.query.extents()[-1] == self.value.extents()[-1]
+
+
+def _query(first: _First, roles: _Roles) -> Operand:
+    order = _dims(first.of_query, roles.order())
+    return Operand(first.query, (*order, first.widths[0]))
+
+
+def _key(first: _First, roles: _Roles, keys: Axis) -> Operand:
+    order = _dims(first.of_key, roles.order_of_keys(keys))
+    return Operand(first.key, (*order, first.widths[1]))
+
+
+def _value(eqn: Any, side: int, second: _Product, roles: _Roles, keys: Axis) -> Operand:
+    """Return the values, which are the operand `side` of the second product."""
+    places: Places = {keys: second.contracted[side]}
+    shared = zip(second.batch[1 - side], second.batch[side], strict=True)
+    places.update(shared)
+    order = _dims(places, roles.order_of_keys(keys))
+    [width] = second.free[side]
+    return Operand(eqn.invars[side], (*order, width))
+
+
+def _dims(places: Places, order: Order) -> list[int | None]:
+    """Return the dims of axes; None: the array has no such axis."""
+    return [places.get(axis) for axis in order]
 
 
 def _place(second: _Product, side: int, roles: _Roles) -> tuple[int | None, ...]:
     """Return the dims of the second product as an operand's."""
-    count = len(second.batch[0])
-    dims: dict[Axis | None, int] = {}
-    for place, axis in enumerate(second.batch[side]):
-        dims[axis] = place
-    before = count + (len(second.free[0]) if side else 0)
-    for place, axis in enumerate(second.free[side]):
-        dims[axis] = before + place
-    width = count if side else count + len(second.free[0])
-    return (*(dims.get(axis) for axis in roles_order(roles)), width)
+    # the dims of a product: those of the batch, the left ones, the right ones
+    batch = second.batch[side]
+    own = second.free[side]
+    width = len(batch) if side else len(batch) + len(own)
+    first = len(batch) + len(second.free[0]) if side else len(batch)
+
+    places: Places = {}
+    for place, axis in enumerate(batch):
+        places[axis] = place
+    for place, axis in enumerate(own, first):
+        places[axis] = place
+    return (*_dims(places, roles.order()), width)
 
 
 # ---- internals: masks, dtypes and repeated heads ----
@@ -342,35 +421,67 @@ class _Mask(NamedTuple):
 
 def _mask_of(walk: Walk, roles: _Roles, first: _First) -> _Mask | None:
     """Return what the masks of some scores show; None: what no kernel knows."""
-    names: dict[str | None, str] = {str(roles.length): QUERY, str(walk.keys): KEY}
-    queries = first.query.aval.shape[first.of_query[roles.length]]
-    keys = first.key.aval.shape[first.of_key[walk.keys]]
+    queries = first.extent_of_query(roles.length)
+    keys = first.extent_of_key(walk.keys)
     seen = []
     segments = None
-    for variable, axes, shows in walk.masks:
-        whole = (variable, tuple(map(str, axes)))
-        for part, labels in _conjuncts(walk, *whole) if shows else [whole]:
-            own_names = tuple(names.get(label) for label in labels)
-            found = masks.expression(part, own_names, walk.uses, walk.known)
-            if found is not None:
-                seen.append(found if shows else ("not", found))
-                continue
-            own = _segments(walk, part, labels, roles) if shows else None
-            if own is None or segments is not None or queries != keys:
-                return None
-            segments = own
+    for part in _parts(walk):
+        found = walk.expression(part.variable, _names(part.labels, walk, roles))
+        if found is not None:
+            seen.append(found if part.shows else ("not", found))
+            continue
+        own = _segments(walk, part, roles)
+        if own is None or segments is not None or queries != keys:
+            return None
+        segments = own
     for variable, axes in walk.biases:
-        own_names = tuple(names.get(str(axis)) for axis in axes)
-        found = masks.expression(variable, own_names, walk.uses, walk.known)
+        labels = tuple(map(str, axes))
+        found = walk.expression(variable, _names(labels, walk, roles))
         if found is None:
             return None
         seen.append(masks.seen_where_zero(found))
-    if not seen:
-        length_is_sure = roles.group is None or queries == keys
-        shown = masks.Shown(False, None) if length_is_sure else None
-    else:
+
+    if seen:
         shown = masks.shown(tuple(seen), queries, keys)
-    return None if shown is None else _Mask(shown, segments)
+        return None if shown is None else _Mask(shown, segments)
+    # without a mask, which axis is the length is told by its extent alone
+    length_is_sure = roles.group is None or queries == keys
+    if not length_is_sure:
+        return None
+    return _Mask(masks.Shown(False, None), segments)
+
+
+class _Part(NamedTuple):
+    """A mask, or one of those that are all true where it is.
+
+    Attributes:
+      variable: that holds it.
+      labels: of its dims.
+      shows: whether keys are seen where it is true; else they are hidden there.
+    """
+
+    variable: Any
+    labels: Labels
+    shows: bool
+
+
+def _parts(walk: Walk) -> Iterator[_Part]:
+    """Yield the masks of some scores, each taken apart where that can be."""
+    for variable, axes, shows in walk.masks:
+        labels = tuple(map(str, axes))
+        if not shows:
+            yield _Part(variable, labels, shows)
+            continue
+        for own, own_labels in _conjuncts(walk, variable, labels):
+            yield _Part(own, own_labels, shows)
+
+
+def _names(labels: Labels, walk: Walk, roles: _Roles) -> Labels:
+    """Return the names of dims, by their axes, as `masks.expression` has them."""
+    names: dict[str | None, str] = {}
+    names[str(roles.length)] = QUERY
+    names[str(walk.keys)] = KEY
+    return tuple(names.get(label) for label in labels)
 
 
 def _conjuncts(walk: Walk, variable: Any, labels: Labels) -> Iterator[Any]:
@@ -384,41 +495,54 @@ def _conjuncts(walk: Walk, variable: Any, labels: Labels) -> Iterator[Any]:
         yield variable, labels
 
 
-def _segments(walk: Walk, variable: Any, labels: Labels, roles: _Roles) -> Any:
+def _segments(walk: Walk, part: _Part, roles: _Roles) -> Any:
     """Return the variable (batch, length) whose entries a mask compares; or None."""
-    eqn = walk.maker(variable)
-    if not is_of(eqn, "eq"):
+    eqn = walk.maker(part.variable)
+    if not part.shows or not is_of(eqn, "eq"):
         return None
-    origins = [_origin(walk, operand, labels) for operand in eqn.invars]
+    left, right = eqn.invars
+    variable, labels = _origin(walk, left, part.labels)
+    other, other_labels = _origin(walk, right, part.labels)
+    if variable is not other or isinstance(variable, Literal):
+        return None
+
     batch = str(roles.batch)
-    wanted = [(batch, str(roles.length)), (batch, str(walk.keys))]
-    if origins[0][0] is not origins[1][0] or isinstance(origins[0][0], Literal):
-        return None
-    found = [labels for _, labels in origins]
-    return origins[0][0] if found in (wanted, wanted[::-1]) else None
+    of_queries = (batch, str(roles.length))
+    of_keys = (batch, str(walk.keys))
+    found = [labels, other_labels]
+    if found in ([of_queries, of_keys], [of_keys, of_queries]):
+        return variable
+    return None
 
 
 def _origin(walk: Walk, variable: Any, labels: Labels) -> tuple[Any, Labels]:
     """Go back over what only moves an array; return it and its dims' labels."""
     while True:
         eqn = walk.maker(variable)
-        moved = None if eqn is None else masks.moved_labels(eqn, labels)
-        if moved is None or not eqn.invars[0].aval.shape:
+        if eqn is None:
+            return variable, labels
+        moved = masks.moved_labels(eqn, labels)
+        if moved is None or not shape_of_operand(eqn):
             return variable, labels
         variable = eqn.invars[0]
         labels = moved
 
 
-def _dtype(walk: Walk, query: Operand, key: Operand, value: Operand) -> Any:
+def _dtype(walk: Walk, operands: _Operands) -> Any:
     """Return the dtype in which a kernel loses nothing; None: there is none."""
-    dtype = value.variable.aval.dtype
+    dtype = operands.value.variable.aval.dtype
     if str(dtype) not in FLOATS:
         return None
-    for operand in (query, key):
-        own = _uncast(walk, operand, dtype).variable.aval.dtype
-        if jnp.promote_types(own, dtype) != dtype:
+    for operand in (operands.query, operands.key):
+        source = _uncast(walk, operand, dtype).variable
+        if not _holds(dtype, source.aval.dtype):
             return None
     return dtype
+
+
+def _holds(dtype: Any, other: Any) -> bool:
+    """Whether a dtype holds all numbers of another."""
+    return jnp.promote_types(other, dtype) == dtype
 
 
 def _uncast(walk: Walk, operand: Operand, dtype: Any) -> Operand:
@@ -428,59 +552,84 @@ def _uncast(walk: Walk, operand: Operand, dtype: Any) -> Operand:
         eqn = walk.maker(variable)
         if not is_of(eqn, "convert_element_type"):
             break
-        source = eqn.invars[0].aval.dtype
-        if jnp.promote_types(source, variable.aval.dtype) != variable.aval.dtype:
+        source = eqn.invars[0]
+        if not _holds(variable.aval.dtype, source.aval.dtype):
             break
-        variable = eqn.invars[0]
+        variable = source
     return Operand(variable, operand.order)
 
 
-def _unrepeated(
-    walk: Walk, query: Operand, key: Operand, value: Operand
-) -> tuple[Operand, Operand, Operand]:
+def _unrepeated(walk: Walk, operands: _Operands) -> _Operands:
     """Return operands whose key heads are not repeated for each query head."""
-    if query.order[3] is not None:
-        return query, key, value
-    sources = [_source_of_heads(walk, operand) for operand in (key, value)]
-    if None in sources:
-        return query, key, value
-    (keys, of_key), (values, of_value) = sources  # type: ignore[misc]
-    return (query, keys, values) if of_key == of_value else (query, key, value)
+    *_, group, _ = operands.query.order
+    if group is not None:
+        return operands
+    of_key = _source_of_heads(walk, operands.key)
+    of_value = _source_of_heads(walk, operands.value)
+    if of_key is None or of_value is None:
+        return operands
+    key, repeats = of_key
+    value, repeats_of_value = of_value
+    if repeats != repeats_of_value:
+        return operands
+    return operands._replace(key=key, value=value)
 
 
 def _source_of_heads(walk: Walk, operand: Operand) -> tuple[Operand, int] | None:
     """Return an operand before `jnp.repeat` over its heads, and how often it does."""
-    order = operand.order
-    variable = operand.variable
-    heads = order[2]
-    eqn = walk.maker(variable)
-    while is_of(eqn, "transpose"):
-        permutation = eqn.params["permutation"]
-        order = tuple(None if dim is None else permutation[dim] for dim in order)
-        variable = eqn.invars[0]
-        eqn = walk.maker(variable)
-    heads = order[2]
+    operand = _untransposed(walk, operand)
+    eqn = walk.maker(operand.variable)
+    heads = operand.order[2]
     if heads is None or not is_of(eqn, "reshape"):
         return None
-    shape = variable.aval.shape
-    wide = eqn.invars[0].aval.shape
+    wide = shape_of_operand(eqn)
     broadcast = walk.maker(eqn.invars[0])
-    if len(wide) != len(shape) + 1 or not is_of(broadcast, "broadcast_in_dim"):
+    if not is_of(broadcast, "broadcast_in_dim"):
         return None
-    merged = (*wide[:heads], wide[heads] * wide[heads + 1], *wide[heads + 2 :])
     source = broadcast.invars[0]
-    places = broadcast.params["broadcast_dimensions"]
-    if merged != shape or isinstance(source, Literal):
+    if isinstance(source, Literal):
         return None
-    own = source.aval.shape
-    dims = {place: dim for dim, place in enumerate(places)}
+
+    # the reshape merges heads and repeats: (..., heads, repeats, ...)
     repeated = heads + 1
-    for place, extent in enumerate(wide):
-        has = place in dims and own[dims[place]] == extent
-        if has == (place == repeated) and extent != 1:
-            return None
-    wanted = []
-    for dim in order:
+    merged = math.prod(wide[heads : repeated + 1])
+    shape = (*wide[:heads], merged, *wide[repeated + 1 :])
+    if len(wide) <= repeated or shape != operand.variable.aval.shape:
+        return None
+    dims = _only_repeated(broadcast, repeated)
+    if dims is None:
+        return None
+    order: list[int | None] = []
+    for dim in operand.order:
         after = dim is not None and dim > heads
-        wanted.append(None if dim is None else dims[dim + after])
-    return Operand(source, tuple(wanted)), wide[repeated]
+        order.append(None if dim is None else dims[dim + after])
+    return Operand(source, tuple(order)), wide[repeated]
+
+
+def _untransposed(walk: Walk, operand: Operand) -> Operand:
+    """Return an operand before transpositions."""
+    eqn = walk.maker(operand.variable)
+    while is_of(eqn, "transpose"):
+        permutation = eqn.params["permutation"]
+        before: dict[int | None, int] = dict(enumerate(permutation))
+        order = tuple(before.get(dim) for dim in operand.order)
+        operand = Operand(eqn.invars[0], order)
+        eqn = walk.maker(operand.variable)
+    return operand
+
+
+def _only_repeated(broadcast: Any, repeated: int) -> dict[int, int] | None:
+    """Return where each dim of a broadcast is in its operand.
+
+    None: it repeats along another dim than this one, or not along this one.
+    """
+    before = shape_of_operand(broadcast)
+    places = broadcast.params["broadcast_dimensions"]
+    dims = {place: dim for dim, place in enumerate(places)}
+    for place, extent in enumerate(shape_of_result(broadcast)):
+        if extent == 1:
+            continue
+        is_there = place in dims and before[dims[place]] == extent
+        if is_there == (place == repeated):
+            return None
+    return dims

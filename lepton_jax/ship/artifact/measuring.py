@@ -16,6 +16,7 @@ from jax import export
 
 from lepton_jax import losses
 from lepton_jax.compat import without_paths
+from lepton_jax.errors import first_line
 from lepton_jax.planner.program.evaluation import outputs_of
 from lepton_jax.ship.artifact.signature import OUTPUTS, named
 from lepton_jax.ship.artifact.tracing import BATCH, PLATFORMS, Traced
@@ -68,7 +69,7 @@ def exported_metrics(
                 )
                 return made(*shapes), None
         except Exception as error:  # a metric of the user's, with a symbolic extent
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
     return None, f"no metrics are measured: {reason}"
 
 

@@ -22,7 +22,7 @@ from jax.interpreters import partial_eval
 from lepton_jax import losses
 from lepton_jax.compat import whole_axes, without_paths
 from lepton_jax.controller import select_weights
-from lepton_jax.errors import ModelError
+from lepton_jax.errors import ModelError, first_line
 from lepton_jax.planner import evaluated
 from lepton_jax.planner.program.evaluation import outputs_of
 from lepton_jax.ship.artifact.signature import (
@@ -277,7 +277,7 @@ def _platforms(
 
 
 def _first_line(error: BaseException) -> str:
-    message = str(error).strip().partition("\n")[0]
+    message = first_line(error)
     return f"{type(error).__name__}: {message}"
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from lepton_jax.errors import first_line
 from lepton_jax.ship.serve.afterwards import Afterwards
 from lepton_jax.ship.serve.ladder import Ladder
 from lepton_jax.ship.serve.refusal import Refusal, broken, busy, late
@@ -548,7 +549,7 @@ def _failure(error: Exception) -> Refusal:
     """Return the refusal of a request on which the program failed."""
     if isinstance(error, Refusal):
         return error
-    text = str(error).strip().partition("\n")[0]
+    text = first_line(error)
     return broken(f"the model failed: {type(error).__name__}: {text}")
 
 

@@ -108,19 +108,22 @@ def channels_of(
         state: Any,
         inputs: Any,
     ) -> Any:
-        return called(nnx.merge(graph, state, copy=True), inputs)
+        merged = nnx.merge(graph, state, copy=True)
+        return called(merged, inputs)
 
     program = jax.make_jaxpr(call)(state, inputs).jaxpr
     labels = Labels()
     reader = Reader(labels)
-    arguments = [labels.of(x.aval.shape) for x in program.invars]
+    shapes = [x.aval.shape for x in program.invars]
+    arguments = [labels.of(shape) for shape in shapes]
     weights = arguments[: len(paths)]
     for dims in arguments[len(paths) :]:
         labels.fix(dims)
     outputs = reader.read(program, arguments, [])
     for dims in outputs:
         labels.fix(dims)
-    return _collected(labels, dict(zip(paths, weights, strict=True)))
+    dims_of = dict(zip(paths, weights, strict=True))
+    return _collected(labels, dims_of)
 
 
 def _collected(
@@ -137,18 +140,22 @@ def _collected(
                 inner = math.prod(extents[at + 1 :])
                 place = Place(path, number, outer, inner)
                 places.setdefault(label, []).append(place)
-    return [
-        Channels(_name(own), labels.sizes[label], tuple(own))
-        for label, own in places.items()
-        if label not in labels.fixed and len(own) > 1
-    ]
+    found = []
+    for label, own in places.items():
+        if label in labels.fixed or len(own) == 1:
+            continue
+        size = labels.sizes[label]
+        found.append(Channels(_name(own), size, tuple(own)))
+    return found
 
 
 def _name(places: Sequence[Place]) -> str:
     """Return the path of the layer whose outputs the channels are."""
-    makers = [place for place in places if place.dim and place.inner == 1]
+    last_dims = [place for place in places if place.inner == 1]
+    makers = [place for place in last_dims if place.dim]
     path = (makers or places)[0].path
-    return path.rpartition("/")[0] or path
+    layer, _, _ = path.rpartition("/")
+    return layer or path
 
 
 # ---- labels ----
@@ -197,7 +204,10 @@ class Labels:
         for label in dim:
             root = self._root(label)
             parts = self._parts.get(root)
-            found += (root,) if parts is None else self.resolved(parts)
+            if parts is None:
+                found.append(root)
+            else:
+                found += self.resolved(parts)
         return tuple(found)
 
     def fix(
@@ -222,11 +232,13 @@ class Labels:
             if self.sizes[a] < self.sizes[b]:
                 a, b = b, a
                 left, right = right, left
-            if self.sizes[a] % self.sizes[b]:
+            larger = self.sizes[a]
+            smaller = self.sizes[b]
+            if larger % smaller:
                 self.fix([(a, b, *left, *right)])
                 return
-            if self.sizes[a] > self.sizes[b]:
-                a, rest = self.split(a, self.sizes[b])
+            if larger > smaller:
+                a, rest = self.split(a, smaller)
                 left.insert(0, rest)
             self._join(a, b)
 
@@ -245,8 +257,9 @@ class Labels:
             how it is split, into heads for example.
         """
         is_fixed = fixed or label in self.fixed
+        inner = self.sizes[label] // outer
         first = self.new(outer, is_fixed)
-        second = self.new(self.sizes[label] // outer, is_fixed)
+        second = self.new(inner, is_fixed)
         self._parts[label] = first + second
         return first[0], second[0]
 
@@ -274,7 +287,9 @@ class Labels:
         shape: Sequence[int],
     ) -> Dims:
         """Return the dims of a value after a reshape."""
-        left = [label for dim in dims for label in self.resolved(dim)]
+        left: list[int] = []
+        for dim in dims:
+            left += self.resolved(dim)
         made = []
         for extent in shape:
             own: list[int] = []
@@ -323,20 +338,29 @@ class Reader:
         Returns:
           The dims of its outputs.
         """
-        known: dict[Any, Dims] = dict(zip(program.invars, given, strict=True))
+        known: dict[Any, Dims] = {}
+        known.update(zip(program.invars, given, strict=True))
         for constant in program.constvars:
-            known[constant] = self.labels.of(constant.aval.shape, fixed=True)
+            known[constant] = self._fixed(constant.aval.shape)
 
         def look_up(x: Any) -> Dims:
             if not isinstance(x, Literal):
                 return known[x]
-            return self.labels.of(np.shape(x.val), fixed=True)
+            return self._fixed(np.shape(x.val))
 
         for eqn in program.eqns:
             dims = [look_up(x) for x in eqn.invars]
             made = self._followed(eqn, dims)
             known.update(zip(eqn.outvars, made, strict=True))
         return [look_up(x) for x in program.outvars]
+
+    def _fixed(self, shape: Iterable[int]) -> Dims:
+        """Return dims of a shape that can't be cut."""
+        return self.labels.of(shape, fixed=True)
+
+    def _fix_some(self, dims: Dims, places: Iterable[int]) -> None:
+        """Say that some dims of a value can't be cut."""
+        self.labels.fix(dims[at] for at in places)
 
     def _followed(
         self,
@@ -345,8 +369,10 @@ class Reader:
     ) -> Operands:
         name = eqn.primitive.name
         inner = called_jaxpr(eqn)
-        if inner is not None and len(inner[0].invars) == len(dims):
-            return self.read(inner[0], dims, inner[1])
+        if inner is not None:
+            program, constants = inner
+            if len(program.invars) == len(dims):
+                return self.read(program, dims, constants)
         if name in ELEMENTWISE:
             return [self._elementwise(eqn, dims) for _ in eqn.outvars]
         if name in REDUCTIONS:
@@ -365,7 +391,7 @@ class Reader:
     ) -> Operands:
         for own in dims:
             self.labels.fix(own)
-        return [self.labels.of(x.aval.shape, fixed=True) for x in eqn.outvars]
+        return [self._fixed(x.aval.shape) for x in eqn.outvars]
 
     def _elementwise(
         self,
@@ -374,10 +400,13 @@ class Reader:
     ) -> Dims:
         """Unite the dims of the operands; one of extent 1 is stretched."""
         made: Dims = []
-        for at, extent in enumerate(eqn.outvars[0].aval.shape):
-            alike = [own[at] for own in dims if own and own[at]]
-            first = alike[0] if alike else self.labels.new(extent)
-            for other in alike[1:]:
+        arrays = [own for own in dims if own]
+        for at, extent in enumerate(_shape(eqn.outvars)):
+            alike = [own[at] for own in arrays if own[at]]
+            if not alike:
+                alike = [self.labels.new(extent)]
+            first, *others = alike
+            for other in others:
                 self.labels.unite(first, other)
             made.append(first)
         return made
@@ -388,8 +417,8 @@ class Reader:
         dims: Dims,
     ) -> Dims:
         axes = eqn.params["axes"]
-        self.labels.fix(dims[axis] for axis in axes)
-        return [dim for axis, dim in enumerate(dims) if axis not in axes]
+        self._fix_some(dims, axes)
+        return _others(dims, axes)
 
     def _broadcast_in_dim(
         self,
@@ -397,8 +426,8 @@ class Reader:
         dims: Operands,
     ) -> Dims:
         made = self.labels.of(eqn.params["shape"])
-        places = zip(eqn.params["broadcast_dimensions"], dims[0], strict=True)
-        for at, dim in places:
+        places = eqn.params["broadcast_dimensions"]
+        for at, dim in zip(places, dims[0], strict=True):
             if dim:
                 made[at] = dim
         return made
@@ -408,22 +437,23 @@ class Reader:
         eqn: Any,
         dims: Operands,
     ) -> Dims:
-        return self.labels.reshaped(dims[0], eqn.outvars[0].aval.shape)
+        shape = _shape(eqn.outvars)
+        return self.labels.reshaped(dims[0], shape)
 
     def _squeeze(
         self,
         eqn: Any,
         dims: Operands,
     ) -> Dims:
-        gone = eqn.params["dimensions"]
-        return [dim for at, dim in enumerate(dims[0]) if at not in gone]
+        return _others(dims[0], eqn.params["dimensions"])
 
     def _transpose(
         self,
         eqn: Any,
         dims: Operands,
     ) -> Dims:
-        return [dims[0][at] for at in eqn.params["permutation"]]
+        [before] = dims
+        return [before[at] for at in eqn.params["permutation"]]
 
     def _dot_general(
         self,
@@ -447,18 +477,21 @@ class Reader:
         dims: Operands,
     ) -> Dims:
         left, right = dims
-        shape = eqn.outvars[0].aval.shape
+        shape = _shape(eqn.outvars)
         numbers = eqn.params["dimension_numbers"]
-        groups = eqn.params["feature_group_count"] * eqn.params["batch_group_count"]
+        is_grouped = (
+            eqn.params["feature_group_count"] > 1 or eqn.params["batch_group_count"] > 1
+        )
         batch, features, *places = numbers.lhs_spec
         outputs, inputs, *window = numbers.rhs_spec
-        self.labels.fix(left[at] for at in places)
-        self.labels.fix(right[at] for at in window)
-        if groups == 1:
-            self.labels.unite(left[features], right[inputs])
+        self._fix_some(left, places)
+        self._fix_some(right, window)
+        if is_grouped:
+            self._fix_some(left, [features])
+            self._fix_some(right, [inputs, outputs])
         else:
-            self.labels.fix([left[features], right[inputs], right[outputs]])
-        made = self.labels.of(shape, fixed=True)
+            self.labels.unite(left[features], right[inputs])
+        made = self._fixed(shape)
         made[numbers.out_spec[0]] = left[batch]
         made[numbers.out_spec[1]] = right[outputs]
         return made
@@ -469,16 +502,16 @@ class Reader:
         dims: Dims,
     ) -> Dims:
         """Follow a pooling: dims that its window does not reach over stay."""
-        return self._where_unchanged(eqn, dims, eqn.params["window_dimensions"], 1)
+        window = eqn.params["window_dimensions"]
+        return self._where_unchanged(eqn, dims, window, 1)
 
     def _slice(
         self,
         eqn: Any,
         dims: Operands,
     ) -> Dims:
-        shape = eqn.outvars[0].aval.shape
-        before = eqn.invars[0].aval.shape
-        changed = [int(a != b) for a, b in zip(before, shape, strict=True)]
+        pairs = zip(_shape(eqn.invars), _shape(eqn.outvars), strict=True)
+        changed = [int(before != after) for before, after in pairs]
         return self._where_unchanged(eqn, dims[0], changed, 0)
 
     def _pad(
@@ -486,7 +519,8 @@ class Reader:
         eqn: Any,
         dims: Operands,
     ) -> Dims:
-        padding = [int(any(own)) for own in eqn.params["padding_config"]]
+        config = eqn.params["padding_config"]
+        padding = [int(any(own)) for own in config]
         return self._where_unchanged(eqn, dims[0], padding, 0)
 
     def _rev(
@@ -495,7 +529,8 @@ class Reader:
         dims: Operands,
     ) -> Dims:
         reversed_dims = eqn.params["dimensions"]
-        changed = [int(at in reversed_dims) for at in range(len(dims[0]))]
+        places = range(len(dims[0]))
+        changed = [int(at in reversed_dims) for at in places]
         return self._where_unchanged(eqn, dims[0], changed, 0)
 
     def _concatenate(
@@ -506,11 +541,12 @@ class Reader:
         joined = eqn.params["dimension"]
         first, *others = dims
         for own in others:
-            for at, (a, b) in enumerate(zip(first, own, strict=True)):
+            pairs = zip(first, own, strict=True)
+            for at, (a, b) in enumerate(pairs):
                 if at != joined:
                     self.labels.unite(a, b)
         self.labels.fix(own[joined] for own in dims)
-        extent = eqn.outvars[0].aval.shape[joined]
+        extent = _shape(eqn.outvars)[joined]
         made = list(first)
         made[joined] = self.labels.new(extent, fixed=True)
         return made
@@ -524,20 +560,20 @@ class Reader:
         table, indices = dims
         numbers = eqn.params["dimension_numbers"]
         sizes = eqn.params["slice_sizes"]
-        shape = eqn.invars[0].aval.shape
-        made = self.labels.of(eqn.outvars[0].aval.shape, fixed=True)
+        shape = _shape(eqn.invars)
+        made = self._fixed(_shape(eqn.outvars))
         if numbers.operand_batching_dims:
             self.labels.fix([*table, *indices])
             return made
         gone = numbers.collapsed_slice_dims
-        kept = [at for at in range(len(shape)) if at not in gone]
-        self.labels.fix(table[at] for at in gone)
+        kept = _others(range(len(shape)), gone)
+        self._fix_some(table, gone)
         for at, dim in zip(numbers.offset_dims, kept, strict=True):
             if sizes[dim] == shape[dim]:
                 made[at] = table[dim]
             else:
                 self.labels.fix([table[dim]])
-        batch = _others(list(range(len(made))), numbers.offset_dims)
+        batch = _others(range(len(made)), numbers.offset_dims)
         for at, own in zip(batch, indices, strict=False):
             made[at] = own
         return made
@@ -550,13 +586,18 @@ class Reader:
         same: int,
     ) -> Dims:
         """Return a value's dims where an operation leaves them, else fixed ones."""
-        made = self.labels.of(eqn.outvars[0].aval.shape, fixed=True)
+        made = self._fixed(_shape(eqn.outvars))
         for at, value in enumerate(values):
             if value == same:
                 made[at] = dims[at]
             else:
                 self.labels.fix([dims[at]])
         return made
+
+
+def _shape(variables: Sequence[Any]) -> tuple[int, ...]:
+    """Return the shape of the first of an equation's operands or results."""
+    return variables[0].aval.shape
 
 
 def _others(values: Sequence[Any], places: Iterable[int]) -> list[Any]:

@@ -28,7 +28,7 @@ from lepton_jax.ship.shrink.measuring import ROWS as ROWS_TIMED
 from lepton_jax.ship.shrink.measuring import latencies_of
 from lepton_jax.ship.shrink.packed import name_of
 from lepton_jax.ship.shrink.quantization import nnx_module
-from lepton_jax.trees import matches
+from lepton_jax.trees import is_real, matches
 
 # Training rows by which channels are judged, and those of a batch. Assumption: more
 # change the order of few channels.
@@ -395,7 +395,7 @@ def _random_inputs(trainer: Any) -> Any:
     rng = np.random.default_rng(SEED)
 
     def noise(x: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(x.dtype, jnp.floating):
+        if not is_real(x):
             return x
         return jnp.asarray(rng.normal(size=x.shape), x.dtype)
 

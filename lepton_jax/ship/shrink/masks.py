@@ -33,7 +33,7 @@ import optax
 from lepton_jax.errors import SettingError
 from lepton_jax.ship.shrink.channels import Channels, Place
 from lepton_jax.ship.shrink.cutting import mask_of
-from lepton_jax.trees import by_path, path_of
+from lepton_jax.trees import by_path, path_of, with_leaves
 
 # Steps between choices of a mask. Assumption: as Zhu and Gupta 2017 (100 to 1,000).
 EVERY = 100
@@ -337,7 +337,7 @@ def _channel_masks(
                 own = mask_of(value.shape, place, stays)
                 masks[place.path] = masks[place.path] & own
     leaves = [masks[path] for path in weights]
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+    return with_leaves(params, leaves)
 
 
 def _strength(

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from lepton_jax.compat import Literal
@@ -33,7 +32,7 @@ from lepton_jax.ship.shrink.packed import (
     plain,
     rounding,
 )
-from lepton_jax.trees import matches
+from lepton_jax.trees import is_real, matches
 
 # Inputs that share a scale of 4-bit weights. 32, as GGML's Q4_0 has it: 4.5 bits a
 # weight with scales of 16 bits, 5 with ours of 32.
@@ -244,7 +243,7 @@ def quantizable(
         if not isinstance(variable, nnx.Param) and name not in also:
             continue
         value = variable.get_value()
-        is_float = jnp.issubdtype(value.dtype, jnp.floating)
+        is_float = is_real(value)
         if is_float and value.ndim >= 2 and value.size >= SMALLEST:
             weights[name] = tuple(value.shape)
     return weights

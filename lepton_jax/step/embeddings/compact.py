@@ -34,6 +34,7 @@ from lepton_jax.step.embeddings.uses import (
     is_lookup,
     opened,
 )
+from lepton_jax.trees import with_leaves
 
 # bytes of the narrowest whole number that counts the rows of any table
 WIDE = 4
@@ -128,7 +129,7 @@ def compacted(
             program.consts,
             values,
         )
-        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+        return with_leaves(shapes, results)
 
     return around(run)
 
@@ -200,7 +201,7 @@ def cast_late(
             values,
         )
         results = [_done(x) for x in results]
-        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+        return with_leaves(shapes, results)
 
     return run
 

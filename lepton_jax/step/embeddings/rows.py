@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lepton_jax.step.embeddings.tables import Tables, followed, slots_for
 from lepton_jax.step.state import State
-from lepton_jax.trees import by_path
+from lepton_jax.trees import by_path, with_leaves
 
 # (path of an array of the state, its rows) to the same rows where they are to lie
 Place = Callable[[str, Any], Any]
@@ -136,7 +136,7 @@ class Rows:
             if path in tables:
                 x = function(path, x, self.rows[tables[path]])
             leaves.append(x)
-        return jax.tree.unflatten(jax.tree.structure(state), leaves)
+        return with_leaves(state, leaves)
 
 
 def rowwise_arrays(

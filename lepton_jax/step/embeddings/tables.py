@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from lepton_jax.trees import by_path
+from lepton_jax.trees import by_path, with_leaves
 
 # slots are a multiple of this, so that devices can divide them among each other; where
 # there are fewer, of a power of two
@@ -109,7 +109,7 @@ class Tables:
             if path in self.tables:
                 shape = (count(self.tables[path]), *shape[1:])
             shapes.append(jax.ShapeDtypeStruct(shape, x.dtype))
-        return jax.tree.unflatten(jax.tree.structure(params), shapes)
+        return with_leaves(params, shapes)
 
 
 NO_TABLES = Tables()

@@ -32,7 +32,7 @@ from lepton_jax.step.optimizers.optimizer import SCHEDULED, Optimizer
 from lepton_jax.step.optimizers.schedule import nodes
 from lepton_jax.step.optimizers.transformation import Lookahead
 from lepton_jax.step.state import State
-from lepton_jax.trees import by_path
+from lepton_jax.trees import by_path, with_leaves
 
 ROWS = 7
 TOUCHED = (1, 3, 4)
@@ -228,7 +228,7 @@ class _Trial:
                 shape[0] = ROWS
             numbers = self._generator.normal(size=shape)
             leaves.append(jnp.asarray(numbers, x.dtype))
-        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+        return with_leaves(params, leaves)
 
     def _with_rows(
         self,
@@ -242,7 +242,7 @@ class _Trial:
         leaves = [
             function(x) if path in own else x for path, x in by_path(state).items()
         ]
-        mapped = jax.tree.unflatten(jax.tree.structure(state), leaves)
+        mapped = with_leaves(state, leaves)
         return mapped if is_state else mapped.params
 
     def _only_touched(

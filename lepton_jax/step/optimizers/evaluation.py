@@ -18,7 +18,7 @@ from lepton_jax.compat import jit_on
 from lepton_jax.errors import RecipeError, pointing_at_user
 from lepton_jax.step.optimizers.schedule import nodes
 from lepton_jax.step.optimizers.transformation import Lookahead
-from lepton_jax.trees import by_path
+from lepton_jax.trees import by_path, with_leaves
 
 WHERE = "Recipe.evaluate_params"
 REMEDY = (
@@ -111,7 +111,7 @@ def _checked(given: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
                 )
         # by name, so that a flat dict or an nnx.State of the same names will do
         leaves = [jnp.asarray(weights[path], x.dtype) for path, x in own.items()]
-        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+        return with_leaves(params, leaves)
 
     return function
 

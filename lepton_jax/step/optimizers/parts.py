@@ -36,7 +36,7 @@ from lepton_jax.step.optimizers.maker import defaults
 from lepton_jax.step.optimizers.optimizer import Optimizer, unchanged
 from lepton_jax.step.optimizers.switching import Switchable
 from lepton_jax.step.optimizers.transformation import is_transformation
-from lepton_jax.trees import by_path, matches
+from lepton_jax.trees import by_path, matches, with_leaves
 
 WHERE = "Recipe.optimizer, by_part"
 FROZEN = "frozen"
@@ -194,7 +194,7 @@ class Parts:
                 ),
             )
         labels = [part.label for part in owners.values()]
-        return jax.tree.unflatten(jax.tree.structure(params), labels)
+        return with_leaves(params, labels)
 
     def check(self, params: Any) -> None:
         """Check that each pattern has parameters, and each parameter has a part.
@@ -306,7 +306,7 @@ def without_frozen(given: Any, params: Any) -> Any:
         jax.lax.stop_gradient(leaf) if path in frozen else leaf
         for path, leaf in by_path(params).items()
     ]
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+    return with_leaves(params, leaves)
 
 
 def holding(optimizer: Optimizer, given: Any) -> Optimizer:
@@ -335,7 +335,7 @@ def holding(optimizer: Optimizer, given: Any) -> Optimizer:
                 own[path] if path in frozen else leaf
                 for path, leaf in by_path(after).items()
             ]
-            kept = jax.tree.unflatten(jax.tree.structure(after), leaves)
+            kept = with_leaves(after, leaves)
             return finish(before, kept)
 
         return optimizer.update(

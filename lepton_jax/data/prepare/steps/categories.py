@@ -12,13 +12,13 @@ from typing import ClassVar
 
 import polars as pl
 
-from lepton_jax.data.prepare.step import Fitted, Outcome, Step
+from lepton_jax.data.prepare.step import Fitted, Outcome, Partial, State, Step
 from lepton_jax.data.prepare.steps import hashing
 from lepton_jax.data.prepare.steps.columns import (
     KEY,
     dropped,
     fault,
-    listed,
+    list_columns,
     nothing_to_learn,
     require,
     require_range,
@@ -61,7 +61,7 @@ class Vocabulary(Fitted):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
         require_range(self, "least", 1, MOST_CODES)
         if self.most is not None:
             require_range(self, "most", 1, MOST_CODES - 1)
@@ -110,7 +110,7 @@ class Vocabulary(Fitted):
             "value",
         )
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         tables = []
         for name in self.columns:
             rows = partial.filter(pl.col("column") == name)
@@ -217,7 +217,7 @@ class HashCategories(Step):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
         require_range(self, "buckets", 2, MOST_CODES)
 
     def check(self, schema: pl.Schema) -> pl.Schema:
@@ -291,7 +291,7 @@ class Classes(Fitted):
         count = pl.col("count").sum()
         return classes.agg(count).sort("value")
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         if partial.is_empty():
             raise nothing_to_learn(self, self.column)
         if len(partial) == 1:

@@ -99,6 +99,11 @@ def listed(
     return names
 
 
+def list_columns(step: Any) -> None:
+    """Make the columns of a frozen step a tuple, as `listed` does."""
+    object.__setattr__(step, "columns", listed(step.columns))
+
+
 def require(
     step: Any,
     schema: Mapping[str, pl.DataType],
@@ -208,10 +213,20 @@ def float_of(dtype: pl.DataType) -> pl.DataType:
     return pl.Float32() if dtype == pl.Float32 else pl.Float64()
 
 
+def floats_of(schema: pl.Schema, columns: Iterable[str]) -> dict[str, pl.DataType]:
+    """Return the type of each column after arithmetic, see `float_of`."""
+    return {name: float_of(schema[name]) for name in columns}
+
+
 def number(name: str) -> pl.Expr:
     """Return a column of numbers as Float64; a missing cell is null, and -0 is 0."""
     value = pl.col(name).cast(pl.Float64).fill_nan(None)
     return pl.when(value == 0).then(0.0).otherwise(value)
+
+
+def as_text(name: str) -> pl.Expr:
+    """Return a column as text."""
+    return pl.col(name).cast(pl.String)
 
 
 def is_missing(name: str, dtype: pl.DataType) -> pl.Expr:
@@ -356,7 +371,7 @@ def _column_name(each: Fault) -> pl.Expr:
 def _before(each: Fault) -> pl.Expr:
     if not each.column:
         return _nothing()
-    return pl.col(each.column).cast(pl.String)
+    return as_text(each.column)
 
 
 def _first(

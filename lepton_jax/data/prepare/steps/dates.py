@@ -13,7 +13,7 @@ import polars as pl
 from lepton_jax.data.prepare.step import Outcome, Step
 from lepton_jax.data.prepare.steps.columns import (
     DAY,
-    listed,
+    list_columns,
     require,
     require_free,
 )
@@ -69,7 +69,7 @@ class DateFeatures(Step):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
         object.__setattr__(self, "parts", tuple(self.parts))
         object.__setattr__(self, "cyclic", tuple(self.cyclic))
         circles = [part for part, period in PERIODS.items() if period is not None]

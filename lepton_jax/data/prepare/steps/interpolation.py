@@ -8,15 +8,16 @@ from typing import ClassVar
 
 import polars as pl
 
-from lepton_jax.data.prepare.step import Fitted, Outcome
+from lepton_jax.data.prepare.step import Fitted, Outcome, Partial, State
 from lepton_jax.data.prepare.steps.columns import (
     KEY,
     NUMBER,
     POSITION,
     fault,
     float_of,
+    floats_of,
     is_missing,
-    listed,
+    list_columns,
     noted,
     number,
     require,
@@ -74,7 +75,7 @@ class Interpolate(Fitted):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
         require_choice(self, "ends", ("missing", "nearest"))
 
     def writes(self) -> Sequence[str]:
@@ -85,7 +86,7 @@ class Interpolate(Fitted):
         require(self, schema, [self.order], POSITION)
         if self.group is not None:
             require(self, schema, [self.group], KEY)
-        types = {name: float_of(schema[name]) for name in self.columns}
+        types = floats_of(schema, self.columns)
         return pl.Schema({**schema, **types})
 
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
@@ -117,7 +118,7 @@ class Interpolate(Fitted):
             )
         return points
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         count = pl.col("count")
         total = (pl.col("value") * count).sum()
         mean = (total / count.sum()).alias("value")

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import polars as pl
 
-from lepton_jax.data.prepare.step import Fitted, Outcome
+from lepton_jax.data.prepare.step import Fitted, Outcome, Partial, State
 from lepton_jax.data.prepare.steps.columns import (
     Kind,
     dropped,
@@ -84,7 +84,7 @@ class Labels(Fitted):
         labels = pl.concat(partials).group_by("value")
         return labels.agg(pl.col("count").sum()).sort("value")
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         if partial.is_empty():
             raise nothing_to_learn(self, self.column, "label")
         return partial.with_row_index("code")

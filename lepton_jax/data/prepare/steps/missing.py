@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import polars as pl
 
-from lepton_jax.data.prepare.step import Fitted, Outcome, Step
+from lepton_jax.data.prepare.step import Fitted, Outcome, Partial, State, Step
 from lepton_jax.data.prepare.steps import statistics
 from lepton_jax.data.prepare.steps.columns import (
     NUMBER,
@@ -19,8 +19,9 @@ from lepton_jax.data.prepare.steps.columns import (
     dropped,
     fault,
     float_of,
+    floats_of,
     is_missing,
-    listed,
+    list_columns,
     noted,
     nothing_to_learn,
     require,
@@ -48,7 +49,7 @@ class DropMissing(Step):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns)
@@ -81,7 +82,7 @@ class MarkMissing(Step):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns)
@@ -118,7 +119,7 @@ class FillWith(Step):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns)
@@ -197,7 +198,7 @@ class FillMissing(Fitted):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
         require_choice(self, "by", FILLS)
 
     def writes(self) -> Sequence[str]:
@@ -208,7 +209,7 @@ class FillMissing(Fitted):
             require(self, schema, self.columns)
             return pl.Schema(schema)
         require(self, schema, self.columns, NUMBER)
-        types = {name: float_of(schema[name]) for name in self.columns}
+        types = floats_of(schema, self.columns)
         return pl.Schema({**schema, **types})
 
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
@@ -235,7 +236,7 @@ class FillMissing(Fitted):
         counts = pl.concat(partials)
         return pl.DataFrame([_summed(counts[name]) for name in self.columns])
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         if self.by == "most_frequent":
             values = [self._most_frequent(partial[name]) for name in self.columns]
             return pl.DataFrame(values)

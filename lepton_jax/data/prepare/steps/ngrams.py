@@ -17,14 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
 import polars as pl
 
-from lepton_jax.data.prepare.step import Fitted, Outcome
+from lepton_jax.data.prepare.step import Fitted, Outcome, Partial, State
 from lepton_jax.data.prepare.steps import hashing
 from lepton_jax.data.prepare.steps.columns import (
+    as_text,
     nothing_to_learn,
     require_free,
     require_range,
@@ -116,20 +118,24 @@ class NgramTokens(Fitted):
         return (self.into or self.column,)
 
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
-        text = pl.col(self.column).cast(pl.String)
+        text = as_text(self.column)
         frame = table.select(text).collect(engine="in-memory")
+        texts = pl.len().alias("count")
         counts = [pl.DataFrame(schema=COUNTS)]
         for found in self._found(frame.to_series()):
             distinct = found.unique().group_by("ngram")
-            counts.append(distinct.agg(pl.len().alias("count")).cast(COUNTS))
+            counted = distinct.agg(texts)
+            counts.append(counted.cast(COUNTS))
         return self.merge(counts).lazy()
 
     def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
         ngrams = pl.concat(partials).group_by("ngram")
-        return ngrams.agg(pl.col("count").sum()).sort("ngram")
+        total = pl.col("count").sum()
+        return ngrams.agg(total).sort("ngram")
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
-        frequent = partial.filter(pl.col("count") >= self.least_count)
+    def finish(self, partial: Partial) -> State:
+        is_frequent = pl.col("count") >= self.least_count
+        frequent = partial.filter(is_frequent)
         if frequent.is_empty():
             raise nothing_to_learn(
                 self,
@@ -140,7 +146,8 @@ class NgramTokens(Fitted):
         kept = ordered.head(self.most)
         last = FIRST_NGRAM + pl.len()
         ids = pl.int_range(FIRST_NGRAM, last, dtype=pl.Int32)
-        return kept.with_columns(ids.alias("id")).sort("ngram")
+        numbered = kept.with_columns(ids.alias("id"))
+        return numbered.sort("ngram")
 
     def run(
         self,
@@ -151,11 +158,11 @@ class NgramTokens(Fitted):
             assert state is not None
             known = state["ngram"].to_numpy()
             ids = state["id"].to_numpy()
-            blocks = [
-                _ids_of(found, known, ids) for found in self._found(text.fill_null(""))
-            ]
+            filled = text.fill_null("")
+            blocks = [_ids_of(found, known, ids) for found in self._found(filled)]
             pairs = pl.concat(blocks)
-            sizes = np.bincount(pairs["text"].to_numpy(), minlength=len(text))
+            owner = pairs["text"].to_numpy()
+            sizes = np.bincount(owner, minlength=len(text))
             return lists_of(pairs["id"].to_numpy(), sizes)
 
         return tokenized(self, table, numbers)
@@ -165,22 +172,19 @@ class NgramTokens(Fitted):
     def _found(self, text: pl.Series) -> Iterator[pl.DataFrame]:
         """Yield the n-grams of some texts at a time: number of the text, and hash."""
         text = text.fill_null("").alias("text")
-        sizes = text.str.len_chars().cast(pl.Int64).to_numpy()
-        block = np.cumsum(sizes) // BLOCK
-        bounds = np.flatnonzero(np.diff(block)) + 1
-        starts = [0, *bounds.tolist()]
-        stops = [*bounds.tolist(), len(text)]
-        for start, stop in zip(starts, stops, strict=True):
+        for start, stop in pairwise(_bounds(text)):
             some = text[start:stop]
-            some = some.str.to_lowercase() if self.lower else some
+            if self.lower:
+                some = some.str.to_lowercase()
             parts = [
                 _NONE,
                 *_of_words(some, self.words),
                 *_of_characters(some, self.characters),
             ]
-            texts = np.concatenate([part[0] for part in parts])
-            ngrams = np.concatenate([part[1] for part in parts])
-            yield pl.DataFrame({"text": texts + start, "ngram": ngrams})
+            owners, hashes = zip(*parts, strict=True)
+            texts = np.concatenate(owners) + start
+            ngrams = np.concatenate(hashes)
+            yield pl.DataFrame({"text": texts, "ngram": ngrams})
 
 
 # ---- internals ----
@@ -190,8 +194,18 @@ Found = tuple[np.ndarray, np.ndarray]
 _NONE = (np.zeros(0, np.int64), np.zeros(0, np.uint64))
 
 
+def _bounds(text: pl.Series) -> list[int]:
+    """Return where blocks of texts begin, and at last how many texts there are."""
+    sizes = text.str.len_chars().cast(pl.Int64)
+    block = np.cumsum(sizes.to_numpy()) // BLOCK
+    changes = np.flatnonzero(np.diff(block))
+    starts = changes + 1
+    return [0, *starts.tolist(), len(text)]
+
+
 def _check_orders(name: str, orders: Sequence[int]) -> None:
-    is_pair = len(orders) == 2 and 1 <= orders[0] <= orders[1] <= LONGEST_NGRAM
+    bounds = [1, *orders, LONGEST_NGRAM]
+    is_pair = len(orders) == 2 and sorted(bounds) == bounds
     if orders and not is_pair:
         raise DataError(
             f"{name} is {tuple(orders)}",
@@ -208,7 +222,8 @@ def _of_words(text: pl.Series, orders: Sequence[int]) -> Iterator[Found]:
         return
     lists = text.str.extract_all(WORD_APART)
     words = lists.explode(empty_as_null=False).drop_nulls()
-    owner = np.repeat(np.arange(len(text)), lists.list.len().to_numpy())
+    sizes = lists.list.len().to_numpy()
+    owner = np.repeat(np.arange(len(text)), sizes)
     values = hashing.of_texts(words)
     yield from _runs(owner, values, orders, OF_WORDS, None)
 
@@ -216,13 +231,17 @@ def _of_words(text: pl.Series, orders: Sequence[int]) -> Iterator[Found]:
 def _of_characters(text: pl.Series, orders: Sequence[int]) -> Iterator[Found]:
     if not orders:
         return
-    even = text.str.replace_all(r"\s+", " ").str.strip_chars(" ")
-    padded = pl.select(pl.concat_str(pl.lit(" "), even, pl.lit(" "))).to_series()
+    space = pl.lit(" ")
+    even = text.str.replace_all(r"\s+", " ")
+    even = even.str.strip_chars(" ")
+    padded = pl.select(pl.concat_str(space, even, space)).to_series()
     sizes = padded.str.len_chars().to_numpy()
     owner = np.repeat(np.arange(len(text)), sizes)
-    codes = np.frombuffer("".join(padded).encode("utf-32-le"), "<u4")
+    content = "".join(padded)
+    codes = np.frombuffer(content.encode("utf-32-le"), "<u4")
     is_space = codes == SPACE
-    yield from _runs(owner, codes.astype(np.uint64), orders, OF_CHARACTERS, is_space)
+    values = codes.astype(np.uint64)
+    yield from _runs(owner, values, orders, OF_CHARACTERS, is_space)
 
 
 def _runs(
@@ -241,22 +260,28 @@ def _runs(
       start: where a hash starts.
       is_space: of each value; None: none is.
     """
-    hashes = np.full(len(values), hashing.of_number(start), np.uint64)
+    first_hash = hashing.of_number(start)
+    hashes = np.full(len(values), first_hash, np.uint64)
     fits = np.ones(len(values), bool)
-    for order in range(1, orders[1] + 1):
+    shortest, longest = orders
+    for order in range(1, longest + 1):
         count = len(values) - order + 1
         if count <= 0:
             return
-        hashes = hashing.mixed(hashes[:count] + values[order - 1 :])
-        fits = fits[:count] & (owner[:count] == owner[order - 1 :])
+        added = values[order - 1 :]
+        hashes = hashing.mixed(hashes[:count] + added)
+        is_one_text = owner[:count] == owner[order - 1 :]
+        fits = fits[:count] & is_one_text
         if is_space is not None and order > 2:
             # what was the last value of a shorter run is inside now
-            fits = fits & ~is_space[order - 2 : order - 2 + count]
-        if order < orders[0]:
+            inner = is_space[order - 2 :]
+            fits = fits & ~inner[:count]
+        if order < shortest:
             continue
         found = fits
         if is_space is not None and order <= 2:
-            found = fits & ~(is_space[:count] & is_space[order - 1 :])
+            last = is_space[order - 1 :]
+            found = fits & ~(is_space[:count] & last)
         yield owner[:count][found], hashes[found]
 
 
@@ -273,7 +298,8 @@ def _ids_of(
       ids: of these.
     """
     ngrams = found["ngram"].to_numpy()
-    place = np.searchsorted(known, ngrams).clip(max=len(known) - 1)
+    place = np.searchsorted(known, ngrams)
+    place = place.clip(max=len(known) - 1)
     is_known = known[place] == ngrams
     pairs = pl.DataFrame(
         {

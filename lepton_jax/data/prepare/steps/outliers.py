@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import polars as pl
 
-from lepton_jax.data.prepare.step import Fitted, Outcome
+from lepton_jax.data.prepare.step import Fitted, Outcome, Partial, State
 from lepton_jax.data.prepare.steps import statistics
 from lepton_jax.data.prepare.steps.columns import (
     NUMBER,
@@ -26,8 +26,9 @@ from lepton_jax.data.prepare.steps.columns import (
     dropped,
     fault,
     float_of,
+    floats_of,
     in_train,
-    listed,
+    list_columns,
     noted,
     number,
     require,
@@ -62,7 +63,7 @@ class _Outliers(Fitted):
     idempotent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
         require_choice(self, "by", tuple(LIMITS))
         if self.limit is None:
             object.__setattr__(self, "limit", LIMITS[self.by])
@@ -87,7 +88,7 @@ class _Outliers(Fitted):
             return statistics.merged_moments(partials)
         return statistics.merged_counts(partials, self)
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         assert self.limit is not None
         if self.by == "zscore":
             table = statistics.finite_moments(self, partial)
@@ -189,7 +190,7 @@ class ClipOutliers(_Outliers):
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         super().check(schema)
-        types = {name: float_of(schema[name]) for name in self.columns}
+        types = floats_of(schema, self.columns)
         return pl.Schema({**schema, **types})
 
     def run(

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import polars as pl
 
-from lepton_jax.data.prepare.step import Fitted, Outcome, Step
+from lepton_jax.data.prepare.step import Fitted, Outcome, Partial, State, Step
 from lepton_jax.data.prepare.steps import hashing
 from lepton_jax.data.prepare.steps.columns import (
     KEY,
@@ -98,7 +98,7 @@ class _Balance(Fitted):
         count = pl.col("count").sum()
         return classes.agg(count).sort("value")
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         if partial.is_empty():
             raise nothing_to_learn(self, self.column)
         count = pl.col("count").cast(pl.Float64)

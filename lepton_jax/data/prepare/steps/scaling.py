@@ -14,14 +14,15 @@ import numpy as np
 import polars as pl
 from scipy.special import ndtri
 
-from lepton_jax.data.prepare.step import Fitted, Outcome, Step
+from lepton_jax.data.prepare.step import Fitted, Outcome, Partial, State, Step
 from lepton_jax.data.prepare.steps import statistics
 from lepton_jax.data.prepare.steps.columns import (
     NUMBER,
     Fault,
     fault,
     float_of,
-    listed,
+    floats_of,
+    list_columns,
     noted,
     number,
     require,
@@ -56,14 +57,14 @@ class _Scale(Fitted):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
 
     def writes(self) -> Sequence[str]:
         return self.columns
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns, NUMBER)
-        types = {name: float_of(schema[name]) for name in self.columns}
+        types = floats_of(schema, self.columns)
         return pl.Schema({**schema, **types})
 
     def run(
@@ -103,7 +104,7 @@ class Standardize(_Scale):
     def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
         return statistics.merged_moments(partials)
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         table = statistics.finite_moments(self, partial)
         # The variance of a constant column is rounding, of this size at most
         # (scikit-learn's `_is_constant_feature`).
@@ -150,7 +151,7 @@ class MinMaxScale(_Scale):
     def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
         return statistics.merged_moments(partials)
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         table = statistics.finite_moments(self, partial)
         spread = pl.col("most") - pl.col("least")
         return table.select(
@@ -198,7 +199,7 @@ class RobustScale(_Scale):
     def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
         return statistics.merged_counts(partials, self)
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         shares = (self.low, 0.5, self.high)
         rows = []
         for name, values in statistics.quantiles(
@@ -232,12 +233,12 @@ class LogScale(Step):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
         require_choice(self, "negative", ("missing", "mirror"))
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns, NUMBER)
-        types = {name: float_of(schema[name]) for name in self.columns}
+        types = floats_of(schema, self.columns)
         return pl.Schema({**schema, **types})
 
     def run(
@@ -294,7 +295,7 @@ class QuantileScale(Fitted):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
         require_choice(self, "onto", ("uniform", "normal"))
         require_range(self, "count", 2, 2**20)
 
@@ -303,7 +304,7 @@ class QuantileScale(Fitted):
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns, NUMBER)
-        types = {name: float_of(schema[name]) for name in self.columns}
+        types = floats_of(schema, self.columns)
         return pl.Schema({**schema, **types})
 
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
@@ -312,7 +313,7 @@ class QuantileScale(Fitted):
     def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
         return statistics.merged_counts(partials, self)
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         tables = []
         for name in self.columns:
             rows = partial.filter(pl.col("column") == name)
@@ -377,7 +378,7 @@ class Bins(Fitted):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
         require_choice(self, "by", ("quantile", "width"))
         require_range(self, "count", 2, 2**20)
 
@@ -402,7 +403,7 @@ class Bins(Fitted):
             return statistics.merged_moments(partials)
         return statistics.merged_counts(partials, self)
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         if self.by == "width":
             table = statistics.finite_moments(self, partial)
             tables = [

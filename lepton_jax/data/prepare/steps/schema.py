@@ -11,6 +11,7 @@ import polars as pl
 from lepton_jax.data.prepare.step import SPLIT, Outcome, Step
 from lepton_jax.data.prepare.steps.columns import (
     Fault,
+    as_text,
     dropped,
     fault,
     is_missing,
@@ -376,7 +377,7 @@ def _cell_fault(
 ) -> Fault:
     """Return what is wrong with the cells of a column that are not missing."""
     there = ~is_missing(name, before)
-    text = pl.col(name).cast(pl.String)
+    text = as_text(name)
     uncast = cast.is_null()
     rules = [(uncast, f"{{}} is no {field.type}")]
     if field.least is not None:

@@ -16,6 +16,7 @@ from lepton_jax.data.prepare.step import SPLIT, Outcome, Step
 from lepton_jax.data.prepare.steps.columns import (
     dropped,
     fault,
+    list_columns,
     listed,
     require,
     require_free,
@@ -41,7 +42,7 @@ class Select(Step):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns)
@@ -75,7 +76,7 @@ class Drop(Step):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
         _check_inner("Drop", self.columns)
 
     def check(self, schema: pl.Schema) -> pl.Schema:

@@ -23,12 +23,13 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import polars as pl
 
-from lepton_jax.data.prepare.step import SPLIT, Fitted, Outcome, Step
+from lepton_jax.data.prepare.step import SPLIT, Fitted, Outcome, Partial, State, Step
 from lepton_jax.data.prepare.steps import folding, hashing, statistics
 from lepton_jax.data.prepare.steps.columns import (
     KEY,
     POSITION,
     fault,
+    list_columns,
     listed,
     noted,
     require,
@@ -170,7 +171,7 @@ class Split(_Folds, Fitted):
             pl.concat(partials).sort("stratum", "hash"),
         )
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         strata = partial.partition_by("stratum", maintain_order=True)
         sizes = [len(rows) for rows in strata]
         _check_rows(self, sum(sizes))
@@ -314,7 +315,7 @@ class SplitByGroup(_Folds, Fitted):
             groups.agg(pl.col("rows").sum()).sort("hash"),
         )
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         sizes = partial["rows"].to_numpy()
         _check_rows(self, sizes.sum())
         if self.folds is not None:
@@ -428,7 +429,7 @@ class SplitByTime(_Shares, Fitted):
     def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
         return statistics.merged_counts(partials, self)
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(self, partial: Partial) -> State:
         latest = partial.sort("value", descending=True)
         sizes = latest["count"].to_numpy()
         _check_rows(self, sizes.sum())
@@ -558,7 +559,7 @@ class SplitByHash(_Folds):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "columns", listed(self.columns))
+        list_columns(self)
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns, KEY)

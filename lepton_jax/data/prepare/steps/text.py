@@ -13,6 +13,7 @@ import polars as pl
 from lepton_jax.data.prepare.step import Outcome, Step
 from lepton_jax.data.prepare.steps.columns import (
     Kind,
+    as_text,
     fault,
     listed,
     noted,
@@ -142,7 +143,7 @@ class CleanText(Step):
         )
 
     def _expression(self, name: str) -> pl.Expr:
-        text = pl.col(name).cast(pl.String)
+        text = as_text(name)
         cleaned = text.map_batches(
             self._cleaned,
             return_dtype=pl.String,

@@ -15,7 +15,14 @@ from typing import Any, ClassVar, NamedTuple
 import polars as pl
 
 from lepton_jax.data.prepare.step import Outcome, Step
-from lepton_jax.data.prepare.steps.columns import Fault, dropped, fault, listed, require
+from lepton_jax.data.prepare.steps.columns import (
+    Fault,
+    as_text,
+    dropped,
+    fault,
+    listed,
+    require,
+)
 from lepton_jax.data.prepare.steps.text import TEXT
 from lepton_jax.errors import DataError
 
@@ -116,7 +123,7 @@ class TextQuality(Step):
         table: pl.LazyFrame,
         state: pl.DataFrame | None,
     ) -> Outcome:
-        text = pl.col(self.column).cast(pl.String)
+        text = as_text(self.column)
         limits = self._limits()
         names = {MEASURES[field].name for field in limits}
         measured = table.with_columns(

@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from lepton_jax.data.extras import needs
 from lepton_jax.data.prepare.step import Fitted, Outcome, Step
-from lepton_jax.data.prepare.steps.columns import fault, noted, require
+from lepton_jax.data.prepare.steps.columns import as_text, fault, noted, require
 from lepton_jax.data.prepare.steps.text import TEXT
 from lepton_jax.errors import DataError
 
@@ -228,7 +228,7 @@ class WordTokens(Fitted):
         self,
         table: pl.LazyFrame,
     ) -> pl.LazyFrame:
-        text = pl.col(self.column).cast(pl.String)
+        text = as_text(self.column)
         word = self._words(text).explode().alias("word")
         words = table.select(word).drop_nulls().group_by("word")
         counts = words.agg(pl.len().alias("count"))
