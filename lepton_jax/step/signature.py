@@ -28,19 +28,52 @@ from lepton_jax.step.arguments import REQUIRED, Arguments, quoted
 
 # names of a mode that is True in training, without underscores, capitals, and a leading
 # "is"; see `_sense_of_name`
-TRAINING = frozenset((
-    "train", "training", "trainmode", "trainingmode", "trainphase", "trainingphase",
-    "intraining", "fortraining", "duringtraining",
-    "enabledropout", "usedropout", "applydropout", "dodropout", "withdropout",
-))  # fmt: skip
+TRAINING = frozenset(
+    (
+        "train",
+        "training",
+        "trainmode",
+        "trainingmode",
+        "trainphase",
+        "trainingphase",
+        "intraining",
+        "fortraining",
+        "duringtraining",
+        "enabledropout",
+        "usedropout",
+        "applydropout",
+        "dodropout",
+        "withdropout",
+    )
+)
 # names of a mode that is False in training, likewise
-OUTSIDE = frozenset((
-    "deterministic", "userunningaverage", "userunningaverages", "userunningstats",
-    "userunningstatistics", "inference", "inferencemode", "eval", "evalmode",
-    "evaluate", "evaluation", "evaluationmode", "evaluating", "infer", "inferring",
-    "test", "testing", "testmode", "testtime", "validation", "validating",
-    "disabledropout", "nodropout",
-))  # fmt: skip
+OUTSIDE = frozenset(
+    (
+        "deterministic",
+        "userunningaverage",
+        "userunningaverages",
+        "userunningstats",
+        "userunningstatistics",
+        "inference",
+        "inferencemode",
+        "eval",
+        "evalmode",
+        "evaluate",
+        "evaluation",
+        "evaluationmode",
+        "evaluating",
+        "infer",
+        "inferring",
+        "test",
+        "testing",
+        "testmode",
+        "testtime",
+        "validation",
+        "validating",
+        "disabledropout",
+        "nodropout",
+    )
+)
 # names of random streams
 RNGS = ("rngs",)
 # names of keys: rng, key, prng_key, dropout_rng, z_rng, rng_0, ...

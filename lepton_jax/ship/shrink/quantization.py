@@ -47,10 +47,16 @@ LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.Einsum)
 # Operations in which an error of an array is one of the result, in proportion, and
 # those that change its type or shape alone.
 FACTORS = frozenset(("mul", "dot_general", "conv_general_dilated", "gather"))
-FORMS_ALONE = frozenset((
-    "broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze",
-    "transpose",
-))  # fmt: skip
+FORMS_ALONE = frozenset(
+    (
+        "broadcast_in_dim",
+        "convert_element_type",
+        "copy",
+        "reshape",
+        "squeeze",
+        "transpose",
+    )
+)
 EMBEDDING = "embedding"  # last part of the path of nnx.Embed's table
 
 
