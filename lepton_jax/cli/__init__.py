@@ -14,6 +14,7 @@ import sys
 import threading
 import types
 from collections.abc import Sequence
+from typing import Any
 
 from lepton_jax.errors import nearest
 
@@ -70,13 +71,14 @@ def _loaded(module: str) -> types.ModuleType:
     interpreter that cleans up after one.
     """
 
-    def leave(number: int, frame: types.FrameType | None) -> None:
+    def leave(*_: Any) -> None:
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
 
     # a process in the background may ignore the signal, and a thread can't decide
-    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not usual or threading.current_thread() is not threading.main_thread():
+    is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    is_main = threading.current_thread() is threading.main_thread()
+    if not (is_usual and is_main):
         return importlib.import_module(module)
     signal.signal(signal.SIGINT, leave)
     try:

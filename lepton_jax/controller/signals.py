@@ -683,9 +683,10 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     """
 
     def on_cpu(a: jax.Array, b: jax.Array) -> jax.Array:
-        # A barrier, so that the optimizer's square is another one. Not of a[None], to
-        # which no layout of a transposed product would come through: jaxlib 0.10.2 read
-        # other memory then, and a Transformer's gradient had a norm that was not finite.
+        # A barrier, so that the optimizer's square is another one. Not of a[None]: it
+        # would keep the layout of a transposed product from coming through: jaxlib
+        # 0.10.2 read other memory then, and the norm of a Transformer's gradient was
+        # not finite.
         own, other = jax.lax.optimization_barrier((a, b))
         return jnp.sum(own * other)
 

@@ -56,9 +56,11 @@ class Offload:
     """
 
     def __init__(self, graph: Graph, sizes: Sizes):
-        out, back = np.zeros((2, len(graph.values)))
+        out = np.zeros(len(graph.values))
+        back = np.zeros_like(out)
         for op, value, leaves in _moves(graph):
-            (out if leaves else back)[value.index] += op.times
+            counts = out if leaves else back
+            counts[value.index] += op.times
         self.is_there = bool(out.any())
         self._sizes = sizes
         self._out = sizes.by_row(out)

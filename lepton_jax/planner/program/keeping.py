@@ -171,7 +171,8 @@ def keeping_of(policy: str) -> Keeping:
         always, first, turns = device.groups()
         keeping = Keeping(tuple(_keys(always)), tuple(_keys(first)), int(turns or 0))
     if host is not None:
-        keeping = keeping._replace(host=tuple(_keys(host[1])))
+        away = tuple(_keys(host[1]))
+        keeping = keeping._replace(host=away)
     return keeping
 
 
@@ -232,7 +233,9 @@ def named(jaxpr: Jaxpr, parameters: int, keeping: Keeping) -> dict[Any, str]:
 def with_name(results: Any, eqn: Any, names: dict[Any, str]) -> Any:
     """Return an equation's results, under the name that its first one has."""
     name = names.get(eqn.outvars[0]) if eqn.outvars else None
-    return results if name is None else [checkpoint_name(results[0], name)]
+    if name is None:
+        return results
+    return [checkpoint_name(results[0], name)]
 
 
 def is_layer(eqn: Any) -> bool:

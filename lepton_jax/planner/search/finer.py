@@ -19,8 +19,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from lepton_jax.planner.assignment import Assignment
+from lepton_jax.planner.estimate.cost import Estimate
 from lepton_jax.planner.estimate.offload import OUT_BESIDE
-from lepton_jax.planner.program.keeping import ALL_ATTENTION, Keeping, Kept
+from lepton_jax.planner.program.keeping import ALL_ATTENTION, Keeping, Kept, Key
 from lepton_jax.planner.search.finalists import powers, rows_of_a_device
 from lepton_jax.planner.search.limits import (
     FINER_GAIN,
@@ -56,7 +57,9 @@ class Finer(NamedTuple):
     @property
     def price(self) -> float:
         """Seconds by which offers are compared."""
-        return self.seconds * (1 + OFFLOAD_GAIN) if self.host else self.seconds
+        if not self.host:
+            return self.seconds
+        return self.seconds * (1 + OFFLOAD_GAIN)
 
     def keeping(self, values: Sequence[Kept], room: float) -> Keeping:
         """Return what is kept in some bytes of a device, and in its host's memory."""
@@ -117,9 +120,7 @@ def chosen(values: Sequence[Kept], room: float, host: float = 0.0) -> Keeping:
 
     always, others, room = _fitting(sorted(values, key=dearness), room)
     away, others, _ = _fitting(others, host, _may_be_away)
-    keeping = Keeping(
-        tuple(value.key for value in always), host=tuple(value.key for value in away)
-    )
+    keeping = Keeping(_keys(always), host=_keys(away))
     if not others or not always:
         return keeping
 
@@ -128,10 +129,14 @@ def chosen(values: Sequence[Kept], room: float, host: float = 0.0) -> Keeping:
     turns = int(length * room / sum(value.bytes for value in first))
     if turns < max(1, FINER_TURNS * length):
         return keeping
-    return keeping._replace(first=tuple(value.key for value in first), turns=turns)
+    return keeping._replace(first=_keys(first), turns=turns)
 
 
 # ---- internals ----
+
+
+def _keys(values: Sequence[Kept]) -> tuple[Key, ...]:
+    return tuple(value.key for value in values)
 
 
 def _fitting(
@@ -206,14 +211,19 @@ def _between(
         return
 
     share = (most - least) / sum(value.bytes for value in mild)
-    slow = problem.cost("full").estimate(problem.translated(full))
-    fast = problem.cost("dots").estimate(problem.translated(dots))
+    slow = _estimate(problem, full)
+    fast = _estimate(problem, dots)
     per_flop = (slow.total - fast.total) / sum(value.flops for value in mild)
     away = _host_room(problem, fast.total - fast.seconds["communication"], parts)
-    for host in (0.0, away) if away else (0.0,):
+    for host in sorted({0.0, away}):
         offer = Finer(full, room, host, share, slow.total)
         spared = _spared(values, offer.keeping(values, room))
         yield offer._replace(seconds=slow.total - spared * per_flop)
+
+
+def _estimate(problem: Problem, form: Assignment) -> Estimate:
+    translated = problem.translated(form)
+    return problem.cost(form.remat).estimate(translated)
 
 
 def _host_room(problem: Problem, computing: float, parts: int) -> float:
@@ -234,9 +244,10 @@ def _host_room(problem: Problem, computing: float, parts: int) -> float:
 
 def _spared(values: Sequence[Kept], keeping: Keeping) -> float:
     """Return the FLOP that need not be computed again."""
+    everywhere = {*keeping.always, *keeping.host}
     spared = 0.0
     for value in values:
-        if value.key in (*keeping.always, *keeping.host):
+        if value.key in everywhere:
             spared += value.flops
         elif value.key in keeping.first:
             spared += value.flops * keeping.turns / value.turns
