@@ -24,7 +24,7 @@ Negatives = Literal["all", "in_batch", "sampled"]
 
 
 class Known(nnx.Variable):
-    """What is known of users and items: part of the state, but not trained."""
+    """Known facts of users and items: part of the state, but not trained."""
 
 
 class Retrieval(nnx.Module):

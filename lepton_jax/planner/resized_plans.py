@@ -59,26 +59,27 @@ def meshes(mesh: Mapping[str, int], devices: int) -> list[dict[str, int]]:
         [n for n in divisors if name in samples or size % n == 0]
         for name, size in mesh.items()
     ]
-    found = [
-        sizes for sizes in itertools.product(*possible) if math.prod(sizes) == devices
-    ]
+    every = itertools.product(*possible)
+    found = [sizes for sizes in every if math.prod(sizes) == devices]
 
     inner_first = list(mesh)[::-1]
     order = [name for name in inner_first if name not in samples]
     order += [name for name in inner_first if name in samples]
 
-    def change(sizes: tuple[int, ...]) -> list[float]:
-        own = dict(zip(mesh, sizes, strict=True))
+    def change(own: Mapping[str, int]) -> list[float]:
+        """Return by how much each axis changes, the first to stay first."""
         return [abs(math.log(own[name] / mesh[name])) for name in order]
 
-    ordered = sorted(found, key=change)
-    return [
-        {name: n for name, n in zip(mesh, sizes, strict=True) if n > 1}
-        for sizes in ordered
-    ]
+    named = [dict(zip(mesh, sizes, strict=True)) for sizes in found]
+    named.sort(key=change)
+    return [_without_ones(own) for own in named]
 
 
 # ---- internals ----
+
+
+def _without_ones(mesh: Mapping[str, int]) -> dict[str, int]:
+    return {name: size for name, size in mesh.items() if size > 1}
 
 
 def _requests(given: Plan, devices: int) -> Iterator[dict[str, Any]]:

@@ -73,7 +73,11 @@ def test_help_does_not_wait_for_jax():
         "import sys; from lepton_jax.cli import main; main(['--help'])\n"
         "sys.exit('jax' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=False
+    )
+    assert done.returncode == 0
+    assert done.stdout.startswith(b"usage: ")
 
 
 @pytest.mark.parametrize("first", ["generation.filters", "planner.search", "step"])
@@ -86,7 +90,8 @@ def test_public_names_are_the_same_whatever_is_imported_first(first):
         "assert lepton.planner.rule and lepton.generation.Sampling\n"
         "for name in lepton.__all__: assert getattr(lepton, name) is getattr(api, name)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == 0
 
 
 def test_an_unknown_public_name_is_an_attribute_error():

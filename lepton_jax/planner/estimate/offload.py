@@ -48,7 +48,7 @@ class HostTraffic(NamedTuple):
 
 
 class Offload:
-    """What a graph keeps in the host's memory.
+    """The values of a graph that lie in the host's memory.
 
     Args:
       graph: of loss and gradients.

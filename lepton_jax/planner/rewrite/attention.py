@@ -319,7 +319,7 @@ def _attended(
 
 
 class _Queries(NamedTuple):
-    """What the gradient needs of each query; all but the last dims are the same.
+    """Arrays that the gradient needs for each query; all but the last dims are equal.
 
     Attributes:
       query: (batch, key heads, group, length, width).

@@ -23,7 +23,7 @@ ALL_TO_ALL, RING = CONTEXTS
 
 
 class Way(NamedTuple):
-    """How the kernels of a program meet their sequence.
+    """Ways in which the kernels of a program meet their sequence.
 
     Attributes:
       kernel: the first whose sequence is split.

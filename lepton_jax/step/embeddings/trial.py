@@ -62,7 +62,7 @@ UNFIT = (
 
 
 class Verdict(Enum):
-    """How an optimizer's update by rows compares with that of the whole."""
+    """Comparison of an optimizer's update by rows with that of the whole."""
 
     EXACT = "the same"
     LAZY = "other rows wait"
