@@ -126,7 +126,8 @@ def chosen(values: Sequence[Kept], room: float, host: float = 0.0) -> Keeping:
 
     length = others[0].turns
     first = [value for value in others if value.turns == length]
-    turns = int(length * room / sum(value.bytes for value in first))
+    size = sum(value.bytes for value in first)
+    turns = int(length * room / size)
     if turns < max(1, FINER_TURNS * length):
         return keeping
     return keeping._replace(first=_keys(first), turns=turns)
@@ -210,11 +211,14 @@ def _between(
     if room <= 0 or most <= least or is_enough:
         return
 
-    share = (most - least) / sum(value.bytes for value in mild)
+    size = sum(value.bytes for value in mild)
+    flops = sum(value.flops for value in mild)
+    share = (most - least) / size
     slow = _estimate(problem, full)
     fast = _estimate(problem, dots)
-    per_flop = (slow.total - fast.total) / sum(value.flops for value in mild)
-    away = _host_room(problem, fast.total - fast.seconds["communication"], parts)
+    per_flop = (slow.total - fast.total) / flops
+    computing = fast.total - fast.seconds["communication"]
+    away = _host_room(problem, computing, parts)
     for host in sorted({0.0, away}):
         offer = Finer(full, room, host, share, slow.total)
         spared = _spared(values, offer.keeping(values, room))
