@@ -267,7 +267,7 @@ def _add_pins(
         metavar="|".join(POLICIES),
         help=(
             "rematerialization (default: the mildest that fits), or 'keep' with what is"
-            " kept, as a plan shows it"
+            " kept, and 'offload' with what goes to the host, as a plan shows it"
         ),
     )
     if micro_batches:
