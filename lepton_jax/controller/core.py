@@ -43,7 +43,7 @@ rate 0.05, x 0.85
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -57,7 +57,7 @@ from lepton_jax.controller.signals import EARLY, Places, Signals
 from lepton_jax.controller.state import ControllerState, Pieces, floats
 from lepton_jax.errors import RecipeError, pointing_at_user
 from lepton_jax.step import optimizers, precision
-from lepton_jax.step.branches import once
+from lepton_jax.step.branches import of_scalars, once
 
 if TYPE_CHECKING:
     from lepton_jax.recipe import Recipe
@@ -119,7 +119,10 @@ class Controller:
 
         watched = [name for policy in self.policies for name in policy.watches]
         self.signals = Signals(
-            watched, recipe.metrics, recipe.batch_size, recipe.micro_batches or 1
+            watched,
+            recipe.metrics,
+            recipe.batch_size,
+            recipe.micro_batches or 1,
         )
         self.base = self._bases()
         self._check_policies()
@@ -340,7 +343,9 @@ class Controller:
             due,
             ~state.halted if self.halts else True,
         )
-        decision = self._decided(step, _without_trees(state), signals)
+        decision = of_scalars(self._decided, step, _without_trees(state), signals)
+        if not self.restarts:
+            decision = decision._replace(restart=False)
 
         update = _Update(
             before,
@@ -351,6 +356,9 @@ class Controller:
             due,
             self.signals.followed(means),
         )
+        if self.keeps:
+            state, kept = _keeping_average(state, decision.knobs)
+            update = update._replace(allowed=kept)
         moved, applied = self._advance(state, update)
         pieces = moved.pop("pieces")
         followed = moved.pop("followed")
@@ -362,7 +370,7 @@ class Controller:
             **moved,
         )
         if self.keeps:
-            fresh = _with_kept_average(state, fresh, decision.knobs)
+            fresh = _serving_kept(state, fresh, decision.knobs)
         shown = {name: signals[name] for name in self.shown if name in signals}
         return pieces, self._settled(state, fresh, decision), shown | decision.record
 
@@ -487,7 +495,9 @@ class Controller:
         )
 
     def _consult(
-        self, signals: Mapping[str, Any], state: ControllerState
+        self,
+        signals: Mapping[str, Any],
+        state: ControllerState,
     ) -> tuple[Any, tuple]:
         """Return the contributions of all policies, and their states after the step."""
         contributions = []
@@ -511,7 +521,10 @@ class Controller:
         return jnp.stack(contributions), tuple(states)
 
     def _knobs(
-        self, state: ControllerState, contributions: Any, base_rate: Any
+        self,
+        state: ControllerState,
+        contributions: Any,
+        base_rate: Any,
     ) -> dict[str, Any]:
         knobs = {}
         for name in state.knobs:
@@ -548,7 +561,11 @@ class Controller:
             base,
         )
 
-    def _schedule(self, state: ControllerState, before: Pieces) -> Any:
+    def _schedule(
+        self,
+        state: ControllerState,
+        before: Pieces,
+    ) -> Any:
         """Return the rate by the recipe's schedule, 0 where it has none."""
         if not callable(self.recipe.learning_rate):
             return 0.0
@@ -615,7 +632,9 @@ class Controller:
         )
 
     def _with_halt(
-        self, state: ControllerState, kept: ControllerState
+        self,
+        state: ControllerState,
+        kept: ControllerState,
     ) -> ControllerState:
         """Return what was decided, which is what was before in a halted run.
 
@@ -624,7 +643,7 @@ class Controller:
         if not self.halts:
             return kept
         asked = [kept.knobs[n] > 0 for n in ("stop", "rollback") if n in kept.knobs]
-        halted = kept._replace(halted=jnp.stack(asked).any())
+        halted = kept._replace(halted=reduce(jnp.logical_or, asked))
         return _where(state.halted, state, halted)
 
     def _settled(
@@ -643,7 +662,8 @@ class Controller:
         names = [name for name, x in fresh.signals.items() if _is_scalars(x)]
         old = {name: state.signals[name] for name in names}
         new = {name: fresh.signals[name] for name in names}
-        signals, updates = self._measurements(
+        signals, updates = of_scalars(
+            self._measurements,
             (old, state.updates),
             (new, fresh.updates),
             decision.restart,
@@ -662,7 +682,7 @@ class Controller:
         signals, updates = new
         if self.restarts:
             signals = self.signals.begun_anew(signals, restart)
-            signals["kept"] = jnp.where(restart, 0.0, 1.0)
+            signals["kept"] = 1.0 - restart
             updates = jnp.where(restart, 0, updates)
         return _where(halted, old, (signals, updates))
 
@@ -681,7 +701,7 @@ class Controller:
           and whether there was an update, bool ().
         """
         knobs = update.knobs
-        taken = self._taken(state, knobs)
+        taken = self._taken(state, update)
         begun = _Carried(
             update.before,
             update.followed,
@@ -718,13 +738,16 @@ class Controller:
     def _taken(
         self,
         state: ControllerState,
-        knobs: Mapping[str, Any],
+        update: _Update,
     ) -> Any:
         """Whether this step's gradient counts; None if nothing can refuse it."""
+        knobs = update.knobs
         refused = [knobs[n] > 0 for n in REFUSING if n in knobs]
         if self.halts:
             refused.append(state.halted)
-        return ~jnp.stack(refused).any() if refused else None
+        if update.allowed is not None:
+            refused.append(~update.allowed)
+        return ~reduce(jnp.logical_or, refused) if refused else None
 
     def _accumulate(
         self,
@@ -765,7 +788,11 @@ class Controller:
             update._replace(gradients=whole),
             carried._replace(pieces=waiting),
         )
-        variables = _where(taken, carried.pieces.variables, before.variables)
+        variables = _where(
+            taken,
+            carried.pieces.variables,
+            before.variables,
+        )
         pieces = carried.pieces._replace(variables=variables)
         total = whole, jnp.where(applied, 0, count)
         return carried._replace(pieces=pieces), applied, total
@@ -787,19 +814,18 @@ class Controller:
             if taken is None:
                 return wholly(carried)
             # not a select: XLA would fuse it into the update, and round that otherwise
-            return jax.lax.cond(
-                taken,
-                wholly,
-                lambda now: now,
-                carried,
-            )
+            return once(taken, wholly, carried)
         taken = jnp.bool_(True) if taken is None else taken
         due = self._is_whole(state, update)
         lightly = partial(self._applied_lightly, state, update)
         carried = once(taken & ~due, lightly, carried)
         return once(taken & due, wholly, carried)
 
-    def _is_whole(self, state: ControllerState, update: _Update) -> Any:
+    def _is_whole(
+        self,
+        state: ControllerState,
+        update: _Update,
+    ) -> Any:
         """Whether what follows an update is brought up to date in this step.
 
         It is when it is due, where the average becomes the parameters, and where the
@@ -851,7 +877,11 @@ class Controller:
             now.lag * knobs["averaging_decay"],
         )
         if "interpolation" in knobs:
-            made = _between(fast, average[0], knobs["interpolation"])
+            made = _between(
+                fast,
+                average[0],
+                knobs["interpolation"],
+            )
         return _Carried(
             pieces._replace(params=made),
             followed,
@@ -1006,6 +1036,7 @@ class _Update(NamedTuple):
       due: whether the passes over the parameters are made that are not made in each
         step.
       followed: the signals that follow an update, before it.
+      allowed: whether it may be made, bool (); None: it may.
     """
 
     before: Pieces
@@ -1015,6 +1046,7 @@ class _Update(NamedTuple):
     loss: Any
     due: Any = True
     followed: Any = ()
+    allowed: Any = None
 
 
 class _Carried(NamedTuple):
@@ -1045,6 +1077,7 @@ def _without_trees(state: ControllerState) -> ControllerState:
         accumulated=(),
         average=(),
         lag=(),
+        kept=(),
         anchor=(),
     )
 
@@ -1077,21 +1110,36 @@ def _renewed(
     return (knobs["anchor"] > 0) & ~back & ~state.halted
 
 
-def _with_kept_average(
+def _keeping_average(
+    state: ControllerState,
+    knobs: Mapping[str, Any],
+) -> tuple[ControllerState, Any]:
+    """Return a state that has followed `keep_average`, before the step's update.
+
+    What is kept is the average as the last evaluation found it.
+
+    Returns:
+      The state; and True, which XLA does not know. An update under this condition can't
+      come earlier, so it may overwrite the average, which otherwise would be copied in
+      each step.
+    """
+    keep = (knobs.get("keep_average", 0.0) > 0) & ~state.halted
+    kept, times = once(
+        keep,
+        lambda now: (state.average, now[1] + 1),
+        (state.kept, jnp.int32(0)),
+    )
+    return state._replace(kept=kept), times < 2
+
+
+def _serving_kept(
     before: ControllerState,
     fresh: ControllerState,
     knobs: Mapping[str, Any],
 ) -> ControllerState:
-    """Return a state that has followed `keep_average` and `serve_kept`.
-
-    What is kept is the average before this step, as the last evaluation found it.
-    """
-    allowed = ~before.halted
-    keep = (knobs.get("keep_average", 0.0) > 0) & allowed
-    kept = once(keep, lambda _: before.average, fresh.kept)
-    serve = (knobs.get("serve_kept", 0.0) > 0) & allowed
-    average = once(serve, lambda _: kept, fresh.average)
-    return fresh._replace(kept=kept, average=average)
+    """Return a state that has followed `serve_kept`, after the step's update."""
+    serve = (knobs.get("serve_kept", 0.0) > 0) & ~before.halted
+    return fresh._replace(average=once(serve, lambda _: fresh.kept, fresh.average))
 
 
 def _averaged(

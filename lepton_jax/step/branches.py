@@ -11,11 +11,55 @@ condition twice, it is a conditional.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+Run = Callable[..., Any]
+
+
+class OneCpu(NamedTuple):
+    """What is known of a step that runs on one device, a CPU.
+
+    Attributes:
+      run: called with a function of scalars and its arguments; returns its result.
+      is_short: whether a step is so short that starting an operation counts in it.
+    """
+
+    run: Run
+    is_short: bool
+
+
+_one_cpu: ContextVar[OneCpu | None] = ContextVar("one_cpu", default=None)
+
+
+@contextmanager
+def on_one_cpu(known: OneCpu) -> Iterator[None]:
+    """Let what is traced meanwhile be for one device, a CPU."""
+    token = _one_cpu.set(known)
+    try:
+        yield
+    finally:
+        _one_cpu.reset(token)
+
+
+def is_short_on_one_cpu() -> bool:
+    """Whether what is traced now is a short step for one device, a CPU."""
+    known = _one_cpu.get()
+    return known is not None and known.is_short
+
+
+def of_scalars(
+    function: Callable[..., Any],
+    *arguments: Any,
+) -> Any:
+    """Return what a function makes of scalars, computed as is quick on the device."""
+    known = _one_cpu.get()
+    return known.run(function, *arguments) if known else function(*arguments)
 
 
 def once(

@@ -11,6 +11,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -47,6 +48,7 @@ from lepton_jax.planner import (
     rewrite,
 )
 from lepton_jax.planner.xla import flags
+from lepton_jax.step.branches import OneCpu, on_one_cpu
 from lepton_jax.step.embeddings import Rows, cast_late, compacted
 from lepton_jax.step.optimizers import divided_over
 from lepton_jax.step.state import State
@@ -56,6 +58,7 @@ from lepton_jax.step.training_loss import (
     training_gradient,
 )
 from lepton_jax.train.compilation import Compilation, CompilationLog
+from lepton_jax.train.one_kernel import InWords, as_one_kernel
 from lepton_jax.train.recovery import WEIGHT
 from lepton_jax.train.touched import Touching, micro_batches
 from lepton_jax.trees import by_path, with_leaves
@@ -129,6 +132,7 @@ class Program:
         first_device = self.mesh.devices.flat[0]
         self._is_rewritten = rewrite.applies(first_device.platform, self.mesh.size)
         are_virtual = self.mesh.size > 1 and first_device.platform == "cpu"
+        self._is_one_cpu = self.mesh.size == 1 and first_device.platform == "cpu"
         self._log = CompilationLog(on_compile, waits=are_virtual)
         self._jit = partial(jit_on, self.mesh.devices.flat)
         known, self.refused_flags = flags.known(
@@ -691,8 +695,16 @@ class Program:
         """
         self._log.trace("train", block)
 
+        pack: Callable[[Any], Any] = _as_it_is
+        unpack: Callable[[Any], Any] = _as_it_is
+        if self._is_one_cpu:
+            # a loop on a CPU copies each of its values by itself
+            in_words = InWords(state)
+            pack, unpack = in_words.packed, in_words.unpacked
+
         def body(carry: tuple) -> tuple:
-            index, state, records = carry
+            index, carried, records = carry
+            state = unpack(carried)
 
             def take(leaf: Any) -> Any:
                 return jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False)
@@ -700,16 +712,16 @@ class Program:
             batch = jax.tree.map(take, block)
             state, record = self._step(state, _gathered(batch, data))
             records = jax.lax.dynamic_update_index_in_dim(records, record, index, 0)
-            return index + 1, state, records
+            return index + 1, pack(state), records
 
         shape = (self.plan.steps_per_call, len(self.records))
         records = jnp.zeros(shape, jnp.float32)
-        _, state, records = jax.lax.while_loop(
+        _, carried, records = jax.lax.while_loop(
             lambda carry: carry[0] < stop,
             body,
-            (start, state, records),
+            (start, pack(state), records),
         )
-        return state, records
+        return unpack(carried), records
 
     def _step(
         self,
@@ -725,6 +737,12 @@ class Program:
         rows = self._touching.rows(state, batch)
         after, record = self._updated(rows.taken(state), batch, rows)
         return rows.put(state, after), record
+
+    def _scalars(self) -> AbstractContextManager[None]:
+        """Return a context in which a step's scalars are computed as is quick here."""
+        if not self._is_one_cpu:
+            return nullcontext()
+        return on_one_cpu(OneCpu(as_one_kernel, is_short=self.controller.stride > 1))
 
     def _updated(
         self,
@@ -743,7 +761,7 @@ class Program:
         before = Pieces(state.params, state.variables, state.optimizer)
 
         def update() -> tuple[Pieces, Any, dict[str, Any]]:
-            with divided_over(self.mesh):
+            with divided_over(self.mesh), self._scalars():
                 return self.controller.update(
                     state.step,
                     state.controller,
@@ -963,6 +981,10 @@ def _filled(
     """Return a pytree of leaves by path."""
     ordered = [leaves[path] for path in by_path(shapes)]
     return with_leaves(shapes, ordered)
+
+
+def _as_it_is(x: Any) -> Any:
+    return x
 
 
 def _shape_on(

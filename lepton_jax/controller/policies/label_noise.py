@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -279,7 +279,7 @@ def _constant(signals: Mapping[str, Any], state: Doubt) -> Any:
 def _are_usable(signals: Mapping[str, Any]) -> Any:
     """Whether the signals that enter the state are finite."""
     names = ("mark_weight", "mark_weight_square", "loss")
-    usable = jnp.stack([jnp.isfinite(signals[n]) for n in names]).all()
+    usable = reduce(jnp.logical_and, [jnp.isfinite(signals[n]) for n in names])
     return usable & (jnp.abs(signals["loss"]) < HUGE)
 
 

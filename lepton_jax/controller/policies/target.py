@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def until(**targets: float) -> Policy:
             value = signals[signal_of[name]]
             lower = is_better_lower(name)
             reached.append(value <= target if lower else value >= target)
-        return {"stop": jnp.stack(reached).any()}, state
+        return {"stop": reduce(jnp.logical_or, reached)}, state
 
     return Policy(
         "until",
