@@ -25,6 +25,8 @@ from lepton_jax.trees import by_path, nbytes
 KINDS = ("params", "optimizer", "variables")
 # Operations whose result has the rows of its operands.
 ROW_BY_ROW = {*ELEMENTWISE, "concatenate", "split"}
+# Those that mark what is kept for the backward pass.
+AS_IT_IS = ("reduce_precision", "name")
 
 
 class Place(IntEnum):
@@ -384,6 +386,8 @@ def _around_kernels(operations: list[Operation]) -> dict[int, frozenset[int]]:
     for op in operations:
         if op.name == "reshape":
             found.pop(op.outputs[0].index, None)
+        elif op.name in AS_IT_IS and any(v.index in found for v in _arrays(op)):
+            found[op.outputs[0].index] = op.outputs[0]
     for op in operations:
         if op.name == "scan":
             for source, target in _handed_on(op):
