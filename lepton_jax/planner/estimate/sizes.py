@@ -386,16 +386,22 @@ def _around_kernels(operations: list[Operation]) -> dict[int, frozenset[int]]:
     for op in operations:
         if op.name == "reshape":
             found.pop(op.outputs[0].index, None)
-        elif op.name in AS_IT_IS and any(v.index in found for v in _arrays(op)):
-            found[op.outputs[0].index] = op.outputs[0]
-    for op in operations:
-        if op.name == "scan":
-            for source, target in _handed_on(op):
-                if source.index in found:
-                    found[target.index] = target
+    for source, target in _as_they_are(operations):
+        if source.index in found:
+            found[target.index] = target
     return {
         index: frozenset(range(len(value.shape) - 1)) for index, value in found.items()
     }
+
+
+def _as_they_are(operations: list[Operation]) -> Iterator[tuple[Value, Value]]:
+    """Yield pairs of what lies as the other does, marks first and then loops."""
+    for op in operations:
+        if op.name in AS_IT_IS and op.inputs[0] is not None:
+            yield op.inputs[0], op.outputs[0]
+    for op in operations:
+        if op.name == "scan":
+            yield from _handed_on(op)
 
 
 def _arrays(op: Operation) -> list[Value]:

@@ -34,6 +34,7 @@ import numpy as np
 from flax import nnx
 
 from lepton_jax.compat import Literal
+from lepton_jax.planner.program.rules import ELEMENTWISE, REDUCTIONS
 from lepton_jax.ship.programs import called_jaxpr
 from lepton_jax.ship.shrink.calls import called
 from lepton_jax.ship.shrink.packed import name_of
@@ -42,76 +43,8 @@ Dim = tuple[int, ...]  # labels, outermost first
 Dims = list[Dim]  # of a value
 Operands = list[Dims]
 
-# Operations that compute each entry of the output of the entries at its place.
-ELEMENTWISE = frozenset(
-    (
-        "abs",
-        "add",
-        "add_any",
-        "and",
-        "atan2",
-        "cbrt",
-        "ceil",
-        "clamp",
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "cos",
-        "div",
-        "eq",
-        "erf",
-        "erf_inv",
-        "erfc",
-        "exp",
-        "exp2",
-        "expm1",
-        "floor",
-        "ge",
-        "gt",
-        "integer_pow",
-        "is_finite",
-        "le",
-        "log",
-        "log1p",
-        "logistic",
-        "lt",
-        "max",
-        "min",
-        "mul",
-        "ne",
-        "neg",
-        "not",
-        "optimization_barrier",
-        "or",
-        "pow",
-        "reduce_precision",
-        "rem",
-        "round",
-        "rsqrt",
-        "select_n",
-        "sign",
-        "sin",
-        "sqrt",
-        "square",
-        "stop_gradient",
-        "sub",
-        "tan",
-        "tanh",
-        "xor",
-    )
-)
-REDUCTIONS = frozenset(
-    (
-        "reduce_sum",
-        "reduce_max",
-        "reduce_min",
-        "reduce_prod",
-        "reduce_and",
-        "reduce_or",
-        "argmax",
-        "argmin",
-    )
-)
+# Operations that take dims out of their operand.
+REDUCED = frozenset(("argmax", "argmin", *REDUCTIONS))
 
 
 @dataclass(frozen=True)
@@ -178,7 +111,8 @@ def channels_of(
     outputs = reader.read(program, arguments, [])
     for dims in outputs:
         labels.fix(dims)
-    dims_of = dict(zip(paths, weights, strict=True))
+    pairs = zip(paths, weights, strict=True)
+    dims_of = dict(pairs)
     return _collected(labels, dims_of)
 
 
@@ -397,7 +331,8 @@ class Reader:
         known: dict[Any, Dims] = {}
         known.update(zip(program.invars, given, strict=True))
         for constant in program.constvars:
-            known[constant] = self._fixed(constant.aval.shape)
+            shape = constant.aval.shape
+            known[constant] = self._fixed(shape)
 
         def look_up(x: Any) -> Dims:
             if not isinstance(x, Literal):
@@ -431,7 +366,7 @@ class Reader:
                 return self.read(program, dims, constants)
         if name in ELEMENTWISE:
             return [self._elementwise(eqn, dims) for _ in eqn.outvars]
-        if name in REDUCTIONS:
+        if name in REDUCED:
             return [self._reduced(eqn, dims[0])]
         method = getattr(self, f"_{name}", None)
         if method is not None:
@@ -509,7 +444,8 @@ class Reader:
         dims: Operands,
     ) -> Dims:
         [before] = dims
-        return [before[at] for at in eqn.params["permutation"]]
+        order = eqn.params["permutation"]
+        return [before[at] for at in order]
 
     def _dot_general(
         self,
@@ -520,7 +456,8 @@ class Reader:
         contracted, batched = eqn.params["dimension_numbers"]
         of_left = (*contracted[0], *batched[0])
         of_right = (*contracted[1], *batched[1])
-        for a, b in zip(of_left, of_right, strict=True):
+        pairs = zip(of_left, of_right, strict=True)
+        for a, b in pairs:
             self.labels.unite(left[a], right[b])
         made = [left[at] for at in batched[0]]
         made += _others(left, of_left)
@@ -568,7 +505,8 @@ class Reader:
     ) -> Dims:
         pairs = zip(_shape(eqn.invars), _shape(eqn.outvars), strict=True)
         changed = [int(before != after) for before, after in pairs]
-        return self._where_unchanged(eqn, dims[0], changed, 0)
+        operand = dims[0]
+        return self._where_unchanged(eqn, operand, changed, 0)
 
     def _pad(
         self,
@@ -577,7 +515,8 @@ class Reader:
     ) -> Dims:
         config = eqn.params["padding_config"]
         padding = [int(any(own)) for own in config]
-        return self._where_unchanged(eqn, dims[0], padding, 0)
+        operand = dims[0]
+        return self._where_unchanged(eqn, operand, padding, 0)
 
     def _rev(
         self,
@@ -630,7 +569,8 @@ class Reader:
             else:
                 self.labels.fix([table[dim]])
         batch = _others(range(len(made)), numbers.offset_dims)
-        for at, own in zip(batch, indices, strict=False):
+        pairs = zip(batch, indices, strict=False)
+        for at, own in pairs:
             made[at] = own
         return made
 
