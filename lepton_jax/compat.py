@@ -26,7 +26,6 @@ import numpy as np
 from jax._src import ad_util, compiler, distributed, effects, source_info_util
 from jax._src.interpreters import mlir
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import AxisType, Mesh
 from jaxlib import _jax  # for the address of a process's CPU devices
@@ -443,22 +442,6 @@ def jit_on(
     if len(devices) > 1 and devices[0].platform == "cpu":
         compiler_options["xla_cpu_enable_concurrency_optimized_scheduler"] = False
     return jax.jit(function, compiler_options=compiler_options or None, **options)
-
-
-def marked_as_one_kernel(function: Callable) -> Callable:
-    """Return a function which XLA's CPU backend compiles as one kernel in a jitted one.
-
-    See train/one_kernel.py for what it may hold. The marks are those of jaxlib 0.10 to
-    0.12; others may not know them, and get the function as it is.
-    """
-    if not (0, 10) <= jax.__version_info__[:2] < (0, 13):
-        return function
-
-    def call(*args: Any) -> Any:
-        with set_xla_metadata(xla_cpu_small_call="true", inlineable="false"):
-            return jax.jit(function)(*args)
-
-    return call
 
 
 def jit_where(function: Callable) -> Callable:

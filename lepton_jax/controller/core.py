@@ -57,7 +57,7 @@ from lepton_jax.controller.signals import EARLY, Places, Signals
 from lepton_jax.controller.state import ControllerState, Pieces, floats
 from lepton_jax.errors import RecipeError, pointing_at_user
 from lepton_jax.step import optimizers, precision
-from lepton_jax.step.branches import of_scalars, once
+from lepton_jax.step.branches import once
 
 if TYPE_CHECKING:
     from lepton_jax.recipe import Recipe
@@ -343,9 +343,7 @@ class Controller:
             due,
             ~state.halted if self.halts else True,
         )
-        decision = of_scalars(self._decided, step, _without_trees(state), signals)
-        if not self.restarts:
-            decision = decision._replace(restart=False)
+        decision = self._decided(step, _without_trees(state), signals)
 
         update = _Update(
             before,
@@ -662,8 +660,7 @@ class Controller:
         names = [name for name, x in fresh.signals.items() if _is_scalars(x)]
         old = {name: state.signals[name] for name in names}
         new = {name: fresh.signals[name] for name in names}
-        signals, updates = of_scalars(
-            self._measurements,
+        signals, updates = self._measurements(
             (old, state.updates),
             (new, fresh.updates),
             decision.restart,

@@ -14,52 +14,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-Run = Callable[..., Any]
-
-
-class OneCpu(NamedTuple):
-    """What is known of a step that runs on one device, a CPU.
-
-    Attributes:
-      run: called with a function of scalars and its arguments; returns its result.
-      is_short: whether a step is so short that starting an operation counts in it.
-    """
-
-    run: Run
-    is_short: bool
-
-
-_one_cpu: ContextVar[OneCpu | None] = ContextVar("one_cpu", default=None)
+_is_short: ContextVar[bool] = ContextVar("is_short_on_one_cpu", default=False)
 
 
 @contextmanager
-def on_one_cpu(known: OneCpu) -> Iterator[None]:
-    """Let what is traced meanwhile be for one device, a CPU."""
-    token = _one_cpu.set(known)
+def on_one_cpu(is_short: bool) -> Iterator[None]:
+    """Let what is traced meanwhile be for one device, a CPU.
+
+    Args:
+      is_short: whether a step is so short that starting an operation counts in it.
+    """
+    token = _is_short.set(is_short)
     try:
         yield
     finally:
-        _one_cpu.reset(token)
+        _is_short.reset(token)
 
 
 def is_short_on_one_cpu() -> bool:
     """Whether what is traced now is a short step for one device, a CPU."""
-    known = _one_cpu.get()
-    return known is not None and known.is_short
-
-
-def of_scalars(
-    function: Callable[..., Any],
-    *arguments: Any,
-) -> Any:
-    """Return what a function makes of scalars, computed as is quick on the device."""
-    known = _one_cpu.get()
-    return known.run(function, *arguments) if known else function(*arguments)
+    return _is_short.get()
 
 
 def once(

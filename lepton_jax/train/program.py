@@ -48,7 +48,7 @@ from lepton_jax.planner import (
     rewrite,
 )
 from lepton_jax.planner.xla import flags
-from lepton_jax.step.branches import OneCpu, on_one_cpu
+from lepton_jax.step.branches import on_one_cpu
 from lepton_jax.step.embeddings import Rows, cast_late, compacted
 from lepton_jax.step.optimizers import divided_over
 from lepton_jax.step.state import State
@@ -58,7 +58,6 @@ from lepton_jax.step.training_loss import (
     training_gradient,
 )
 from lepton_jax.train.compilation import Compilation, CompilationLog
-from lepton_jax.train.one_kernel import InWords, as_one_kernel
 from lepton_jax.train.recovery import WEIGHT
 from lepton_jax.train.touched import Touching, micro_batches
 from lepton_jax.trees import by_path, with_leaves
@@ -695,16 +694,8 @@ class Program:
         """
         self._log.trace("train", block)
 
-        pack: Callable[[Any], Any] = _as_it_is
-        unpack: Callable[[Any], Any] = _as_it_is
-        if self._is_one_cpu:
-            # a loop on a CPU copies each of its values by itself
-            in_words = InWords(state)
-            pack, unpack = in_words.packed, in_words.unpacked
-
         def body(carry: tuple) -> tuple:
-            index, carried, records = carry
-            state = unpack(carried)
+            index, state, records = carry
 
             def take(leaf: Any) -> Any:
                 return jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False)
@@ -712,16 +703,16 @@ class Program:
             batch = jax.tree.map(take, block)
             state, record = self._step(state, _gathered(batch, data))
             records = jax.lax.dynamic_update_index_in_dim(records, record, index, 0)
-            return index + 1, pack(state), records
+            return index + 1, state, records
 
         shape = (self.plan.steps_per_call, len(self.records))
         records = jnp.zeros(shape, jnp.float32)
-        _, carried, records = jax.lax.while_loop(
+        _, state, records = jax.lax.while_loop(
             lambda carry: carry[0] < stop,
             body,
-            (start, pack(state), records),
+            (start, state, records),
         )
-        return unpack(carried), records
+        return state, records
 
     def _step(
         self,
@@ -738,11 +729,11 @@ class Program:
         after, record = self._updated(rows.taken(state), batch, rows)
         return rows.put(state, after), record
 
-    def _scalars(self) -> AbstractContextManager[None]:
-        """Return a context in which a step's scalars are computed as is quick here."""
+    def _known_device(self) -> AbstractContextManager[None]:
+        """Return a context in which it is known whether the device is one CPU."""
         if not self._is_one_cpu:
             return nullcontext()
-        return on_one_cpu(OneCpu(as_one_kernel, is_short=self.controller.stride > 1))
+        return on_one_cpu(is_short=self.controller.stride > 1)
 
     def _updated(
         self,
@@ -761,7 +752,7 @@ class Program:
         before = Pieces(state.params, state.variables, state.optimizer)
 
         def update() -> tuple[Pieces, Any, dict[str, Any]]:
-            with divided_over(self.mesh), self._scalars():
+            with divided_over(self.mesh), self._known_device():
                 return self.controller.update(
                     state.step,
                     state.controller,
@@ -981,10 +972,6 @@ def _filled(
     """Return a pytree of leaves by path."""
     ordered = [leaves[path] for path in by_path(shapes)]
     return with_leaves(shapes, ordered)
-
-
-def _as_it_is(x: Any) -> Any:
-    return x
 
 
 def _shape_on(
