@@ -389,6 +389,7 @@ def test_xla_computes_and_sends_what_is_planned():
 
 
 def test_a_kernel_with_a_rule_is_compiled_for_tpus(monkeypatch):
+    pytest.importorskip("libtpu", reason="pip install 'lepton-jax[tpu]'")
     monkeypatch.setattr(sys.modules[__name__], "WIDTH", 128)
     where = lepton.topology("v5e:2x4")
     trace = traced(ruled_rows).on(where)
