@@ -24,10 +24,9 @@ _is_short: ContextVar[bool] = ContextVar("is_short_on_one_cpu", default=False)
 
 @contextmanager
 def on_one_cpu(is_short: bool) -> Iterator[None]:
-    """Let what is traced meanwhile be for one device, a CPU.
+    """Say whether what is traced meanwhile is a short step for one device, a CPU.
 
-    Args:
-      is_short: whether a step is so short that starting an operation counts in it.
+    Short is a step in which it counts to start an operation.
     """
     token = _is_short.set(is_short)
     try:

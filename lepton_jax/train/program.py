@@ -11,7 +11,6 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -729,12 +728,6 @@ class Program:
         after, record = self._updated(rows.taken(state), batch, rows)
         return rows.put(state, after), record
 
-    def _known_device(self) -> AbstractContextManager[None]:
-        """Return a context in which it is known whether the device is one CPU."""
-        if not self._is_one_cpu:
-            return nullcontext()
-        return on_one_cpu(is_short=self.controller.stride > 1)
-
     def _updated(
         self,
         state: State,
@@ -751,8 +744,10 @@ class Program:
             values[INPUTS] = input_rms(batch[0])
         before = Pieces(state.params, state.variables, state.optimizer)
 
+        is_short = self._is_one_cpu and self.controller.stride > 1
+
         def update() -> tuple[Pieces, Any, dict[str, Any]]:
-            with divided_over(self.mesh), self._known_device():
+            with divided_over(self.mesh), on_one_cpu(is_short):
                 return self.controller.update(
                     state.step,
                     state.controller,
