@@ -18,6 +18,7 @@ from jax import lax
 import lepton_jax as lepton
 from lepton_jax.planner import rewrite
 from lepton_jax.planner.rewrite import (
+    angles,
     kept,
     pooling,
     program,
@@ -53,7 +54,7 @@ def assert_close(function, *args):
 
 
 @pytest.mark.parametrize(
-    "module", (pooling, slices, program, kept, units), ids=lambda m: m.__name__
+    "module", (pooling, slices, program, kept, units, angles), ids=lambda m: m.__name__
 )
 def test_the_examples_hold(module):
     assert doctest.testmod(module).failed == 0
@@ -155,6 +156,87 @@ def test_parts_that_overlap_or_leave_a_gap_are_padded():
 
     for loss in (overlap, gap):
         assert_equal(jax.grad(loss), jnp.arange(5.0))
+
+
+# ---- angles ----
+
+
+def halves(x, cos, sin):
+    left, right = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
+
+
+def pairs(x, cos, sin):
+    turned = jnp.stack([-x[..., 1::2], x[..., ::2]], -1).reshape(x.shape)
+    return x * jnp.repeat(cos, 2, -1) + turned * jnp.repeat(sin, 2, -1)
+
+
+def whole(x, cos, sin):
+    left, right = jnp.split(x, 2, axis=-1)
+    turned = jnp.concatenate([-right, left], axis=-1)
+    return x * jnp.tile(cos, 2) + turned * jnp.tile(sin, 2)
+
+
+def turned_by(write, positions, x):
+    half = x.shape[-1] // 2
+    rates = 100.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None] * rates
+    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+    return (write(x, cos, sin).astype(jnp.float32) ** 3).sum()
+
+
+@given(
+    st.sampled_from([halves, pairs, whole]),
+    st.booleans(),
+    st.sampled_from([jnp.float32, jnp.bfloat16]),
+    st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(4, 6)),
+)
+@settings(max_examples=8, deadline=None)
+def test_rotary_positions_are_a_table_and_the_same_to_the_bit(
+    write, by_row, dtype, shape
+):
+    rows, length, heads = shape
+    positions = jnp.arange(float(length))
+    if by_row:
+        positions = positions + jnp.arange(float(rows))[:, None]
+    x = jax.random.normal(jax.random.key(0), (rows, length, heads, 6), dtype)
+    gradient = jax.grad(partial(turned_by, write), argnums=1)
+
+    assert_equal(gradient, positions, x)
+    assert "dot_general" in primitives(gradient, positions, x)
+
+
+def test_angles_in_a_loop_are_a_table_of_each_turn():
+    positions, x = jnp.arange(5.0), jnp.ones((3, 5, 4, 6))
+
+    def loss(positions, x):
+        def layer(x, number):
+            half = jnp.arange(3.0) + number
+            angle = positions[:, None, None] * half
+            return halves(x, jnp.cos(angle), jnp.sin(angle)), None
+
+        return (jax.lax.scan(layer, x, jnp.arange(2.0))[0] ** 2).sum()
+
+    assert_equal(jax.grad(loss, argnums=1), positions, x)
+    assert "dot_general" in primitives(loss, positions, x)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    (
+        lambda x: jnp.sin(x) * 2,
+        lambda x: jnp.stack([jnp.sin(x)] * 3) * jnp.ones((3, 4, 5)),
+        lambda x: jnp.sin(x[0, 0]) * jnp.ones((64, 64)),
+        lambda x: jnp.ones((64, 400)) * jnp.sin(jnp.arange(400.0)),
+        lambda x: jnp.sin(x.astype(jnp.bfloat16)) * jnp.ones((64, 4, 5), jnp.bfloat16),
+    ),
+    ids=("as many", "three times", "a scalar", "wide", "bfloat16"),
+)
+def test_other_sines_stay(loss):
+    x = jnp.ones((4, 5))
+
+    assert_equal(loss, x)
+    assert "dot_general" not in primitives(loss, x)
 
 
 # ---- products ----

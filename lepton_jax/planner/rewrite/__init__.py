@@ -9,11 +9,12 @@ same values have a form that one CPU device computes in less time:
   kept        what a loop stacks for its backward pass and need not
   products    the gradient of a kernel, which is wider than what it is multiplied with
   units       dims of extent 1 in arrays of many dims
+  angles      sines and cosines of few angles that many entries are multiplied with
 
 Each pass takes a flat jaxpr (`program.flat`) and knows one exact pattern. Where the
-pattern is not met, the operation stays. `pooling`, `slices`, `kept` and `units` keep
-every bit (but the sign of a zero); `loops` and `products` add up the same terms in
-another order.
+pattern is not met, the operation stays. `pooling`, `slices`, `kept`, `units` and
+`angles` keep every bit (but the sign of a zero); `loops` and `products` add up the same
+terms in another order.
 
 TPUs, GPUs and programs for several devices are left alone by these passes. What
 `forms` chooses is for all: a loss whose logits never exist whole (`head`), attention
@@ -30,8 +31,16 @@ from typing import Any
 import jax
 
 from lepton_jax.compat import ClosedJaxpr
+from lepton_jax.planner.rewrite import (
+    angles,
+    kept,
+    loops,
+    pooling,
+    products,
+    slices,
+    units,
+)
 from lepton_jax.planner.rewrite import forms as choice
-from lepton_jax.planner.rewrite import kept, loops, pooling, products, slices, units
 from lepton_jax.planner.rewrite.forms import Forms
 from lepton_jax.planner.rewrite.pipeline import Stages
 from lepton_jax.planner.rewrite.program import equations, flat, run
@@ -59,6 +68,7 @@ PASSES: dict[str, Any] = {
     "kept": kept,
     "products": products,
     "units": units,
+    "angles": angles,
 }
 
 # Names of the passes that run; `only` changes them.
