@@ -191,7 +191,7 @@ def turned_by(write, positions, x):
     st.sampled_from([jnp.float32, jnp.bfloat16]),
     st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(4, 6)),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_rotary_positions_are_a_table_and_the_same_to_the_bit(
     write, by_row, dtype, shape
 ):
