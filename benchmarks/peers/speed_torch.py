@@ -174,7 +174,8 @@ class Training:
         self.targets = torch.from_numpy(targets)
         if self.targets.dtype == torch.int32:
             self.targets = self.targets.long()
-        if spec["case"] == "lm":
+        is_language = spec["case"].startswith("lm")
+        if is_language:
             from torch_lm import LM
 
             self.loss: Any = LM(spec)
@@ -184,7 +185,7 @@ class Training:
             self.loss = self._loss
         if spec["form"] == "compiled":
             self.loss = torch.compile(self.loss)
-        optimizer = torch.optim.AdamW if spec["case"] == "lm" else torch.optim.Adam
+        optimizer = torch.optim.AdamW if is_language else torch.optim.Adam
         self.optimizer = optimizer(self.model.parameters(), 1e-3, fused=True)
         self.batches = self._batches()
 

@@ -70,6 +70,7 @@ TABLE = {
 }
 TOWERS = {"users": 6000, "items": 4000, "dim": 64}
 LM = {"vocab": 256, "length": 256, "dim": 256, "layers": 4, "heads": 4}
+LM_10M = {**LM, "dim": 384, "layers": 6, "heads": 6}
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,32 @@ def table() -> tuple[dict[str, np.ndarray], np.ndarray]:
     return columns, random.integers(0, 2, rows, np.int32)
 
 
+def _language_model(sizes: Mapping[str, Any]) -> Case:
+    dim, layers, heads = (sizes[name] for name in ("dim", "layers", "heads"))
+    model = partial(
+        lepton.models.TransformerLM,
+        sizes["vocab"],
+        dim=dim,
+        layers=layers,
+        heads=heads,
+    )
+    return Case(
+        model,
+        step.CASES["lm"].data,
+        8,
+        {
+            **sizes,
+            "kv_heads": heads,
+            "hidden": usual_hidden(dim),
+            "precision": "float32",
+            "tied": False,
+            "theta": 10_000.0,
+        },
+        peers=("eager", "compiled"),
+        optimizer=optax.adamw,
+    )
+
+
 CASES = {
     "mlp": Case(
         partial(lepton.models.MLP, (784, 128, 10)),
@@ -158,21 +185,8 @@ CASES = {
         64,
         ENCODER,
     ),
-    "lm": Case(
-        step.CASES["lm"].model,
-        step.CASES["lm"].data,
-        8,
-        {
-            **LM,
-            "kv_heads": LM["heads"],
-            "hidden": usual_hidden(LM["dim"]),
-            "precision": "float32",
-            "tied": False,
-            "theta": 10_000.0,
-        },
-        peers=("eager", "compiled"),
-        optimizer=optax.adamw,
-    ),
+    "lm": _language_model(LM),
+    "lm-10m": _language_model(LM_10M),
     "two_tower": Case(
         partial(lepton.models.TwoTower, TOWERS["users"], TOWERS["items"]),
         ratings,
