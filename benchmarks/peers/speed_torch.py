@@ -174,7 +174,7 @@ class Training:
         self.targets = torch.from_numpy(targets)
         if self.targets.dtype == torch.int32:
             self.targets = self.targets.long()
-        is_language = spec["case"].startswith("lm")
+        is_language = spec.get("model") == "lm"
         if is_language:
             from torch_lm import LM
 

@@ -47,10 +47,10 @@ def assert_equal(function, *args):
         np.testing.assert_array_equal(plain, faster)
 
 
-def assert_close(function, *args):
+def assert_close(function, *args, rounding=ROUNDING):
     for plain, faster in zip(*both(function, *args), strict=True):
         scale = float(jnp.abs(plain).max()) + 1e-30
-        np.testing.assert_allclose(plain, faster, rtol=0, atol=ROUNDING * scale)
+        np.testing.assert_allclose(plain, faster, rtol=0, atol=rounding * scale)
 
 
 @pytest.mark.parametrize(
@@ -182,19 +182,17 @@ def turned_by(write, positions, x):
     rates = 100.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None, None] * rates
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
-    return (write(x, cos, sin).astype(jnp.float32) ** 3).sum()
+    return (write(x, 0.5 * cos, sin).astype(jnp.float32) ** 3).sum()
 
 
 @given(
     st.sampled_from([halves, pairs, whole]),
     st.booleans(),
     st.sampled_from([jnp.float32, jnp.bfloat16]),
-    st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(4, 6)),
+    st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(2, 6)),
 )
 @settings(max_examples=5, deadline=None)
-def test_rotary_positions_are_a_table_and_the_same_to_the_bit(
-    write, by_row, dtype, shape
-):
+def test_rotary_positions_are_a_table(write, by_row, dtype, shape):
     rows, length, heads = shape
     positions = jnp.arange(float(length))
     if by_row:
@@ -202,8 +200,21 @@ def test_rotary_positions_are_a_table_and_the_same_to_the_bit(
     x = jax.random.normal(jax.random.key(0), (rows, length, heads, 6), dtype)
     gradient = jax.grad(partial(turned_by, write), argnums=1)
 
-    assert_equal(gradient, positions, x)
+    rounding = max(ROUNDING, float(jnp.finfo(dtype).eps))
+    assert_close(gradient, positions, x, rounding=rounding)
     assert "dot_general" in primitives(gradient, positions, x)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([(1, 2), (7, 1, 32), (3, 5, 256)]))
+@settings(max_examples=8, deadline=None)
+def test_a_table_holds_the_sines_themselves(start, shape):
+    values = start + jnp.arange(float(np.prod(shape))).reshape(shape)
+
+    def spread(values):
+        return jnp.broadcast_to(jnp.sin(values), (2, *shape))
+
+    assert_equal(spread, values)
+    assert "dot_general" in primitives(spread, values)
 
 
 def test_angles_in_a_loop_are_a_table_of_each_turn():
@@ -217,7 +228,7 @@ def test_angles_in_a_loop_are_a_table_of_each_turn():
 
         return (jax.lax.scan(layer, x, jnp.arange(2.0))[0] ** 2).sum()
 
-    assert_equal(jax.grad(loss, argnums=1), positions, x)
+    assert_close(jax.grad(loss, argnums=1), positions, x)
     assert "dot_general" in primitives(loss, positions, x)
 
 
@@ -225,18 +236,27 @@ def test_angles_in_a_loop_are_a_table_of_each_turn():
     "loss",
     (
         lambda x: jnp.sin(x) * 2,
-        lambda x: jnp.stack([jnp.sin(x)] * 3) * jnp.ones((3, 4, 5)),
         lambda x: jnp.sin(x[0, 0]) * jnp.ones((64, 64)),
         lambda x: jnp.ones((64, 400)) * jnp.sin(jnp.arange(400.0)),
         lambda x: jnp.sin(x.astype(jnp.bfloat16)) * jnp.ones((64, 4, 5), jnp.bfloat16),
     ),
-    ids=("as many", "three times", "a scalar", "wide", "bfloat16"),
+    ids=("as many", "a scalar", "wide", "bfloat16"),
 )
 def test_other_sines_stay(loss):
     x = jnp.ones((4, 5))
 
     assert_equal(loss, x)
     assert "dot_general" not in primitives(loss, x)
+
+
+def test_a_sine_that_goes_through_many_layers_is_followed_in_no_time():
+    def loss(x):
+        x = jnp.sin(x)
+        for _ in range(60):  # each layer doubles the ways from the sine
+            x = x + 0.5 * x * x
+        return x
+
+    assert "dot_general" not in primitives(loss, jnp.ones((4, 5)))
 
 
 # ---- products ----

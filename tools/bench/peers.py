@@ -127,6 +127,7 @@ def table() -> tuple[dict[str, np.ndarray], np.ndarray]:
 
 
 def _language_model(sizes: Mapping[str, Any]) -> Case:
+    """Return the case of a Transformer of these sizes, on random bytes."""
     dim, layers, heads = (sizes[name] for name in ("dim", "layers", "heads"))
     model = partial(
         lepton.models.TransformerLM,
@@ -141,6 +142,7 @@ def _language_model(sizes: Mapping[str, Any]) -> Case:
         8,
         {
             **sizes,
+            "model": "lm",
             "kv_heads": heads,
             "hidden": usual_hidden(dim),
             "precision": "float32",
@@ -283,38 +285,47 @@ def measure(
     case = CASES[name]
     inputs, targets = case.data()
     names = [peer for peer in wanted if peer in case.peers]
+    peers: dict[str, _Peer] = {}
     with contextlib.ExitStack() as stack:
-        peers = {
-            peer: stack.enter_context(
-                _Peer(name, peer, options.python, inputs, targets)
-            )
-            for peer in names
-        }
+        for peer in names:
+            process = _Peer(name, peer, options.python, inputs, targets)
+            peers[peer] = stack.enter_context(process)
         runs: dict[str, Run] = {peer: own.run for peer, own in peers.items()}
         trainer, runs["lepton"] = stack.enter_context(_lepton(case, inputs, targets))
-        in_call = trainer.plan().steps_per_call
-        multiples = dict.fromkeys(runs, 1) | {"lepton": in_call}
+        multiples = dict.fromkeys(runs, 1)
+        multiples["lepton"] = trainer.plan().steps_per_call
         steps = {
             who: steps_of_slice(run, options.seconds, multiples[who])
             for who, run in runs.items()
         }
         ms = time_in_rounds(runs, steps, options.rounds)
 
-    best = [min(ms[peer][i] for peer in names) for i in range(options.rounds)]
+    parameters = {peer: own.about["parameters"] for peer, own in peers.items()}
     return {
         "case": name,
         "batch_size": case.batch_size,
         "samples": len(targets),
-        "parameters": {"lepton": step.count_parameters(trainer)}
-        | {peer: own.about["parameters"] for peer, own in peers.items()},
+        "parameters": {"lepton": step.count_parameters(trainer), **parameters},
         "peers": {peer: own.about for peer, own in peers.items()},
-        "ms_a_step": {who: spread(values) for who, values in ms.items()},
-        "samples_a_second": {
-            who: spread([1e3 * case.batch_size / value for value in values])
-            for who, values in ms.items()
-        },
-        "lepton_to": {peer: spread_of_ratios(ms[peer], ms["lepton"]) for peer in names},
-        "lepton_to_best": spread_of_ratios(best, ms["lepton"]),
+        **_figures(ms, case.batch_size, names),
+    }
+
+
+def _figures(
+    ms: Mapping[str, list[float]],
+    batch_size: int,
+    peers: list[str],
+) -> dict[str, Any]:
+    """Return times, rates and ratios from the milliseconds a step of each round."""
+    rounds = zip(*(ms[peer] for peer in peers), strict=True)
+    best = [min(times) for times in rounds]
+    own = ms["lepton"]
+    rates = {who: [1e3 * batch_size / x for x in times] for who, times in ms.items()}
+    return {
+        "ms_a_step": {who: spread(times) for who, times in ms.items()},
+        "samples_a_second": {who: spread(rate) for who, rate in rates.items()},
+        "lepton_to": {peer: spread_of_ratios(ms[peer], own) for peer in peers},
+        "lepton_to_best": spread_of_ratios(best, own),
     }
 
 

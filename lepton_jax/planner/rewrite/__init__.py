@@ -12,9 +12,9 @@ same values have a form that one CPU device computes in less time:
   angles      sines and cosines of few angles that many entries are multiplied with
 
 Each pass takes a flat jaxpr (`program.flat`) and knows one exact pattern. Where the
-pattern is not met, the operation stays. `pooling`, `slices`, `kept`, `units` and
-`angles` keep every bit (but the sign of a zero); `loops` and `products` add up the same
-terms in another order.
+pattern is not met, the operation stays. `pooling`, `slices`, `kept` and `units` keep
+every bit (but the sign of a zero); `loops` and `products` add up the same terms in
+another order, and what uses a table of `angles` may be rounded otherwise.
 
 TPUs, GPUs and programs for several devices are left alone by these passes. What
 `forms` chooses is for all: a loss whose logits never exist whole (`head`), attention
