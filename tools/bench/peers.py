@@ -3,7 +3,7 @@
     python -m tools.bench peers --python PEERS/bin/python
 
 All train the same model on the same synthetic arrays, with the same batch, in float32,
-with Adam, on the CPU:
+with Adam (language models: AdamW), on the CPU:
 
   lepton    `Trainer.fit` as it comes (see `step.py`), in this process
   eager     PyTorch, a loop of its users; images in the faster of two layouts
