@@ -170,12 +170,13 @@ def _gone_on(name: str, folder: Path, devices: int) -> np.ndarray:
 
 
 def two_hosts(name: str, folder: Path) -> Outcome:
-    """Train on two hosts; compare with one device of this process."""
-    together = reference(
-        folder.parent, HOSTS, DEVICES_OF_A_HOST, _options(name, folder)
-    )
-    recipe = FORMS[name].recipe(steps=STEPS).with_(test=None, evaluate_every=None)
-    return compared(together.losses, _fit(recipe, None), FORMS[name].rounding)
+    """Train on two hosts; compare with as many devices of this process, same plan."""
+    options = _options(name, folder)
+    together = reference(folder.parent, HOSTS, DEVICES_OF_A_HOST, options)
+    form = FORMS[name]
+    recipe = form.recipe(steps=STEPS).with_(test=None, evaluate_every=None)
+    alone = _fit(recipe, form.plan_of(recipe, HOSTS * DEVICES_OF_A_HOST))
+    return compared(together.losses, alone, form.rounding)
 
 
 def _stage(kind: str, host: int, step: int, phase: str = "steps", **more: Any) -> Stage:
