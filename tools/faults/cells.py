@@ -34,8 +34,10 @@ POISON = TOKENS - 1  # a target that has no loss
 HOSTS = 2
 DEVICES_OF_A_HOST = 2
 GRACE = 2  # seconds that the others wait for a host that was lost
-# Seconds after which it is started again: the others train without it (by trial).
+# Seconds after which it is started again, when the others train without it, and for
+# which they pause in the middle, so that it finds them there (by trial).
 BACK = 6.0
+PAUSE = 8.0
 NEVER = 1e9
 
 
@@ -184,6 +186,7 @@ def _stage(kind: str, host: int, step: int, phase: str = "steps", **more: Any) -
 
 
 LOST = (_stage("supervisor", 1, CHECKPOINTS + 3),)
+PAUSED = (_stage("pause", 0, STEPS // 2, generation=2, seconds=PAUSE),)
 WITHOUT = ("--grace", str(GRACE), "--least-hosts", str(HOSTS - 1))
 LEFT = "went on with what is left"
 FAULTS = {
@@ -202,7 +205,7 @@ FAULTS = {
         "host lost", LEFT, LOST, options=WITHOUT, apart=True, again=NEVER
     ),
     "host comes back": Fault(
-        "host back", LEFT, LOST, options=WITHOUT, apart=True, again=BACK
+        "host back", LEFT, LOST + PAUSED, options=WITHOUT, apart=True, again=BACK
     ),
 }
 

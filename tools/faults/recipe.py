@@ -240,6 +240,9 @@ class Agent:
     def _do_stall(self, fault: dict[str, Any]) -> None:
         time.sleep(STALL_SECONDS)
 
+    def _do_pause(self, fault: dict[str, Any]) -> None:
+        time.sleep(fault["seconds"])
+
     def _do_freeze(self, fault: dict[str, Any]) -> None:
         # takes for ever, and holds the interpreter's lock
         re.match(r"(a|aa)+$", "a" * 200 + "b")
