@@ -20,9 +20,12 @@ from jax import lax
 
 from tools.bench import options as checks
 
-# Runs of a program, and the seconds after which there is no further one.
-RUNS = 20
+# Readings of the clock of a program, and the seconds after which there is no further
+# one. Between two readings it runs for LEAST_SECONDS or longer: some systems count the
+# seconds of threads in steps of 10 ms.
+READINGS = 10
 MOST_SECONDS = 1.0
+LEAST_SECONDS = 0.1
 # Dims of series, images and volumes, and of their kernels, as lax has them.
 ROW = ("NHC", "HIO", "NHC")
 PLANE = ("NHWC", "HWIO", "NHWC")
@@ -71,9 +74,16 @@ def space(x: jax.Array, kernel: jax.Array) -> jax.Array:
     )
 
 
-def line(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Convolve in one dim."""
-    return lax.conv_general_dilated(x, kernel, (1,), "SAME", dimension_numbers=ROW)
+def line(x: jax.Array, kernel: jax.Array, groups: int = 1) -> jax.Array:
+    """Convolve in one dim, padded to keep the length."""
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (1,),
+        "SAME",
+        dimension_numbers=ROW,
+        feature_group_count=groups,
+    )
 
 
 def by_kernel(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -104,6 +114,21 @@ def chain(x: jax.Array) -> jax.Array:
     return x
 
 
+def kernel_gradient(x: jax.Array, by_result: jax.Array) -> jax.Array:
+    """Return the gradient of a matrix by which rows were multiplied."""
+    return x.T @ by_result
+
+
+def added_to_each(arrays: list[jax.Array]) -> list[jax.Array]:
+    """Add one to each of many small arrays."""
+    return [x + 1 for x in arrays]
+
+
+def layers(x: jax.Array, kernels: jax.Array) -> jax.Array:
+    """Convolve in one dim in a loop, a kernel a step."""
+    return lax.scan(lambda y, kernel: (line(y, kernel), None), x, kernels)[0]
+
+
 def recurrent(x: jax.Array) -> Any:
     """Multiply in a loop of a thousand steps that keeps each result."""
 
@@ -119,8 +144,32 @@ def products() -> Iterator[Program]:
         square = jnp.ones((side, side))
         flops = 2.0 * side**3
         yield Program(f"dot{side}", jnp.dot, (square, square), flops)
+    yield from small_products()
     yield from convolutions()
     yield from grouped_convolutions()
+    yield from lines()
+
+
+def small_products() -> Iterator[Program]:
+    """Yield matmuls of which two dims are small, and a kernel's gradient."""
+    for least in (8, 16):
+        rows = jnp.ones((MEGA // 64, least))
+        square = jnp.ones((least, least))
+        flops = 2.0 * rows.size * least
+        yield Program(f"dot n{least} k{least}", jnp.matmul, (rows, square), flops)
+    for outputs, summed in ((8, 16), (4, 8)):
+        stack = jnp.ones((64, 256, summed))
+        matrices = jnp.ones((64, summed, outputs))
+        flops = 2.0 * stack.size * outputs
+        yield Program(
+            f"dots n{outputs} k{summed}", jnp.matmul, (stack, matrices), flops
+        )
+
+    rows = jnp.ones((4096, 256))
+    square = jnp.ones((256, 256))
+    flops = 2.0 * rows.size * 256
+    yield Program("dot x", jnp.dot, (rows, square), flops)
+    yield Program("dot dw", kernel_gradient, (rows, rows), flops)
 
 
 def convolutions() -> Iterator[Program]:
@@ -178,6 +227,23 @@ def grouped_convolutions() -> Iterator[Program]:
     yield Program("group4 dw", by_kernel(in_four), (images, eight), flops)
 
 
+def lines() -> Iterator[Program]:
+    """Yield convolutions in one dim, the last of them in a loop."""
+    series = jnp.ones((8, 256, 32))
+    single = jnp.ones((4, 1, 32))
+    flops = 2.0 * 8 * 256 * 4 * 32
+    yield Program("depth line fwd", partial(line, groups=32), (series, single), flops)
+
+    kernel = jnp.ones((3, 32, 32))
+    flops = 2.0 * 8 * 256 * 3 * 32 * 32
+    yield Program("conv1d dw", by_kernel(line), (series, kernel), flops)
+    kernels = jnp.ones((8, 3, 32, 32))
+    yield Program("scan8 conv1d", layers, (series, kernels), 8 * flops)
+    # forward, by the input and by the kernel
+    gradient = by_kernel(layers)
+    yield Program("scan8 conv1d dw", gradient, (series, kernels), 24 * flops)
+
+
 def elements() -> Iterator[Program]:
     """Yield operations on single elements."""
     row = jnp.ones((MEGA,))
@@ -217,17 +283,27 @@ def rows_and_loops() -> Iterator[Program]:
     yield Program("100 small dots", chain, (tiny,), 100)
     yield Program("scan1000 dot", recurrent, (tiny,), 1000)
 
+    many = [jnp.ones((16,)) for _ in range(100)]
+    yield Program("add100", added_to_each, (many,), 100)
+
 
 def core_seconds(program: Program) -> float:
     """Return the least seconds of all threads that a run takes."""
     run = jax.jit(program.function).lower(*program.arguments).compile()
-    jax.block_until_ready(run(*program.arguments))
+
+    def seconds(runs: int) -> float:
+        start = time.process_time()
+        for _ in range(runs):
+            jax.block_until_ready(run(*program.arguments))
+        return time.process_time() - start
+
+    runs = 1
+    while seconds(runs) < LEAST_SECONDS:
+        runs *= 2
     best = float("inf")
     end = time.perf_counter() + MOST_SECONDS
-    for _ in range(RUNS):
-        start = time.process_time()
-        jax.block_until_ready(run(*program.arguments))
-        best = min(best, time.process_time() - start)
+    for _ in range(READINGS):
+        best = min(best, seconds(runs) / runs)
         if time.perf_counter() > end:
             break
     return best

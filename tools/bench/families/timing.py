@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -22,25 +23,37 @@ from tools.bench.families import figures
 from tools.bench.families.programs import Drawn, draw_timed
 
 SEED = 0
+ROUNDS = 5  # their median counts
+WARM_UP = 3  # calls before those that are timed: the first ones touch new memory
 CLOSE = 0.03  # relative error of FLOP that counts as right: the claim's bar
 
 
 @dataclass
 class Runner:
-    """A compiled train step with its arguments on the devices."""
+    """A compiled train step with its arguments on the devices.
+
+    Attributes:
+      step, state: of the program.
+      block: the batches of a call.
+      bounds: which of them it takes; () if there is one.
+    """
 
     step: Any
     state: Any
     block: Any
+    bounds: tuple[int, ...] = ()
 
-    def run(self) -> float:
-        """Run one step; return its seconds."""
+    def run(self, calls: int) -> float:
+        """Run calls of one or several steps, as training does; return the seconds."""
+        record = None
         began = time.perf_counter()
-        self.state, record = self.step(
-            self.state,
-            self.block,
-            None,
-        )
+        for _ in range(calls):
+            self.state, record = self.step(
+                self.state,
+                self.block,
+                *self.bounds,
+                None,
+            )
         jax.block_until_ready((self.state, record))
         return time.perf_counter() - began
 
@@ -56,7 +69,7 @@ def measure(
     Args:
       family: of the program.
       number: of the program in its family.
-      steps: how many are timed, after one that is not.
+      steps: how many are timed in each round, or as many more as fill the last call.
       chip: figures of this machine; None: the catalogue's.
 
     Returns:
@@ -82,7 +95,7 @@ def measure(
     except PlanError as error:
         return row | {"outcome": "no plan", "why": str(error)}
 
-    plan = replace(plan, steps_per_call=1, data="streamed")
+    plan = replace(plan, data="streamed")
     mesh = ahead.mesh_devices(
         where,
         plan.mesh,
@@ -97,13 +110,17 @@ def measure(
         "kinds": dict(plan.seconds),
     }
     row |= flop(traced, plan, executable)
+    a_call = plan.steps_per_call
     runner = Runner(
         executable,
         program.init(SEED),
         arguments(drawn, traced, program),
+        (0, a_call) if a_call > 1 else (),
     )
-    runner.run()
-    ms = [1e3 * runner.run() for _ in range(steps)]
+    runner.run(WARM_UP)
+    calls = math.ceil(steps / a_call)
+    timed = calls * a_call
+    ms = [1e3 * runner.run(calls) / timed for _ in range(ROUNDS)]
     return row | {
         "outcome": "compared",
         "ms": statistics.median(ms),
@@ -142,19 +159,25 @@ def arguments(
     traced: lepton.Trace,
     program: Program,
 ) -> Any:
-    """Return a batch on the devices: normal numbers, and ids below the case's `ids`."""
+    """Return the batches of a call on the devices.
+
+    They are normal numbers, and ids below the case's `ids`.
+    """
+    several = program.plan.steps_per_call
+    steps = (several,) if several > 1 else ()
     random = np.random.default_rng(SEED)
 
     def values(leaf: Any) -> np.ndarray:
+        shape = (*steps, *leaf.shape)
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             return random.standard_normal(
-                leaf.shape,
+                shape,
                 np.float32,
             ).astype(leaf.dtype)
         return random.integers(
             0,
             drawn.case.ids,
-            leaf.shape,
+            shape,
         ).astype(leaf.dtype)
 
     batch = jax.tree.map(

@@ -34,6 +34,7 @@ def rows(
     quiet: bool = False,
     jobs: int = 1,
     seconds: float = math.inf,
+    a_process: int = PROGRAMS_A_PROCESS,
 ) -> Iterator[Row]:
     """Call a function for each tuple of arguments, in other processes.
 
@@ -43,6 +44,7 @@ def rows(
       quiet: whether what the processes write to stderr is dropped.
       jobs: number of processes.
       seconds: after which no further call begins.
+      a_process: calls after which a new process begins.
 
     Yields:
       A row for each call that began, as it ends. Where it failed, "outcome" is
@@ -54,7 +56,7 @@ def rows(
     def work(part: Sequence[tuple[Any, ...]]) -> None:
         in_time = itertools.takewhile(lambda _: time.monotonic() < end, part)
         try:
-            for row in _in_one_process(measure, in_time, quiet):
+            for row in _in_one_process(measure, in_time, quiet, a_process):
                 found.put(row)
         except BaseException as error:  # the caller waits for it, or for the end
             found.put(error)
@@ -85,11 +87,12 @@ def _in_one_process(
     measure: Measure,
     calls: Iterable[tuple[Any, ...]],
     quiet: bool,
+    most: int,
 ) -> Iterator[Row]:
-    """Yield a row for each call, in order, from one process at a time."""
+    """Yield a row for each call, in order, `most` from one process at a time."""
     pool = None
     for done, call in enumerate(calls):
-        if pool is not None and done % PROGRAMS_A_PROCESS == 0:
+        if pool is not None and done % most == 0:
             pool.shutdown()
             pool = None
         pool = pool or _pool(quiet)
