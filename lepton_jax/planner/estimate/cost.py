@@ -33,6 +33,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from lepton_jax.compat import source_line
@@ -186,7 +187,7 @@ class Cost:
         self.offload = Offload(self.graph, self.sizes)
         passes = traffic(self.graph)
         if on_cpu:
-            passes = cpu.cached_traffic(self.graph, passes)
+            passes = cpu.widened_traffic(self.graph, passes)
         self._traffic = self.sizes.by_row(passes)
         # Seconds of a core, by row and for all kernels.
         self._slow: np.ndarray | None = None
@@ -195,6 +196,7 @@ class Cost:
             self._slow = self.sizes.by_row(cpu.slow_work(self.graph))
             self._kernels = cpu.kernel_seconds(self.graph)
         self._optimizer = optimizer_bytes(trace, names)
+        self._arrays = len(jax.tree.leaves(trace.state))
         self._trace = trace
         self._orthogonals: dict[int, OrthogonalWork] = {}
         self._memo: dict[tuple, Work] = {}
@@ -222,6 +224,7 @@ class Cost:
         hidden: Joined = defaultdict(float)
         ringed: list[Collective] = []
         ledger: Ledger = {}
+        arrays: dict[int, int] = defaultdict(int)  # of joined collectives, by axes
 
         for number, job in enumerate(self.jobs):
             work = self._work(number, job, assignment, layout)
@@ -238,6 +241,7 @@ class Cost:
                     loop = job.loop if move.runs == in_loop else 0
                     key = (loop, kind, move.axes, move.runs)
                     hidden[key] += move.bytes * alike
+                    arrays[move.axes] += move.runs * alike
                 else:
                     runs = move.runs * alike
                     shown[number, kind, move.axes, runs] += move.bytes
@@ -258,6 +262,7 @@ class Cost:
         waiting = self._communication(shown, ledger)
         waiting += sum(self._passed_on(move, ledger) for move in ringed)
         alongside = self._communication(hidden, ledger)
+        alongside += sum(self._meetings(axes) * count for axes, count in arrays.items())
         waiting += self._exposed(alongside, compute + memory, self._waited())
         waiting += offloaded.seconds(self.chip.host_bandwidth, compute + memory)
         seconds = {
@@ -285,6 +290,13 @@ class Cost:
         parts = assignment.counts[assignment.masks[batch]] * assignment.micro_batches
         several = self.names.groups[batch].divisor > parts
         return DOTS if several else ("conv_general_dilated",)
+
+    def _meetings(self, axes: int) -> float:
+        """Return the seconds that an array costs in a joined collective, by latency."""
+        if self.topology.platform != "cpu":
+            return 0.0
+        flops = self.chip.peak("float32")
+        return cpu.meeting_seconds(flops, self._links[axes].size)
 
     def _exposed(
         self,
@@ -371,9 +383,10 @@ class Cost:
                 mask |= axes
             moved += (3 * own + 2 * state) / layout.counts[mask]
         rate = self.chip.bandwidth * self.chip.memory_fraction
-        if self.topology.platform == "cpu":
-            rate *= cpu.IN_PLACE
-        return moved / rate
+        if self.topology.platform != "cpu":
+            return moved / rate
+        slower = cpu.waiting(self.chip.peak("float32"))
+        return moved / rate + self._arrays * cpu.ARRAY_SECONDS * slower
 
     def _add_state_moves(
         self,
@@ -604,15 +617,20 @@ class Cost:
     ) -> float:
         """Return the seconds of a product on a CPU, given those by the roofline."""
         slower = cpu.waiting(self.chip.peak("float32"))
-        started = (slower - 1) * self.chip.op_seconds
-        if op.name != "conv_general_dilated":
-            return seconds + started
+        seconds += (slower - 1) * self.chip.op_seconds
         m, n, k, batch = shape
-        if op.params["batch_group_count"] > 1 and batch > 1:
-            return 2.0 * m * n * k * batch * batch / cpu.BATCH_GROUPED_FLOPS * slower
         flops = 2.0 * m * n * k * batch
-        at_peak = flops / self.chip.peak(op.outputs[0].dtype)
-        return seconds + started + at_peak * (cpu.convolution_slowdown(op) - 1)
+        reached = self.chip.peak(op.outputs[0].dtype) * self.chip.matmul_fraction
+        at_peak = flops / reached
+        if op.name == "dot_general":
+            slowdown = cpu.product_slowdown(op, (m, n, k))
+            slowdown *= cpu.shared_slowdown(flops, self.chip.peak("float32"))
+            return seconds + at_peak * (slowdown - 1)
+        if op.name != "conv_general_dilated":
+            return seconds
+        if op.params["batch_group_count"] > 1 and batch > 1:
+            return flops * batch / cpu.BATCH_GROUPED_FLOPS * slower
+        return seconds + at_peak * (cpu.convolution_slowdown(op) - 1)
 
     def _matmul(
         self,

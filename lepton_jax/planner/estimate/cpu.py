@@ -13,6 +13,7 @@ names in it are given behind each figure.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,21 +26,30 @@ CORE_FLOPS = 1e11
 # Seconds of a core to start a kernel ("100 small dots", "scan1000 dot").
 KERNEL_SECONDS = 5e-7
 
-# Bytes below which a value stays in a core's cache (assumption: its second level), and
-# the share of the seconds that it then takes (assumption; "add 1M" and "add 32M" differ
-# by a factor of four or more).
-CACHED = 2**20
-CACHED_SHARE = 0.3
+# A product whose two least dims multiply to p reaches p / (p + HALF_SQUARE) of the peak
+# ("dot n8 k8", "dot n16 k16", "dots n8 k16", "dots n4 k8").
+HALF_SQUARE = 350.0
+# Share of that rate if the left operand is summed over dims before the others, as in
+# a kernel's gradient ("dot x", "dot dw").
+LEFT_TRANSPOSED_SHARE = 0.73
+
+# A product of so many FLOP has half of the use of further cores (assumption: fits the
+# tuning half of `python -m tools.bench planner-time`).
+HALF_SHARED = 2e7
+
+# Seconds of an array in a joined all-reduce, for each of its devices: the backend lets
+# them meet once for each array (assumption: fits the same; a hundred small arrays took
+# 15e-6 to 50e-6 each on two devices of a core).
+MEETING_SECONDS = 1.5e-5
+
+# Seconds of an array of the state, which a call takes and a kernel writes ("add100",
+# whose two threads count).
+ARRAY_SECONDS = 1.5e-6
 
 # Bytes of a 16-bit number, and how much longer each takes than one of a float32, since
 # the numbers are widened and rounded again ("silu", "silu 16-bit").
 HALF_BYTES = 2
 WIDENED = 4.0
-
-# How much faster than other values the update passes parameters and their state, which
-# it writes in place (assumption: one of Adam passed 25 GB a second on a core, where the
-# catalogue has 15 for two cores).
-IN_PLACE = 3.0
 
 # A convolution from c to f channels reaches c f / (c f + HALF_PAIRS) of the peak
 # ("conv3x20 fwd", "conv4x16 fwd", "conv1d fwd").
@@ -56,7 +66,8 @@ BETWEEN = 8
 # The gradient of a kernel that gives f channels reaches f / (f + HALF_OUTPUTS)
 # ("conv dw", "conv3 dw").
 HALF_OUTPUTS = 60.0
-# Dims of a kernel of a two- and of a three-dimensional convolution.
+# Dims of a kernel of a convolution in one, two and three dims.
+LINE_RANK = 3
 PLANE_RANK = 4
 SPATIAL_RANK = 5
 
@@ -71,6 +82,11 @@ SPATIAL_SHARE = 0.2
 REVERSED_FLOPS = 7.5e9
 # Share of that rate if the channels are in groups ("depth fwd", "group4 fwd").
 GROUPED_SHARE = 0.22
+# The same of one dim ("depth line fwd").
+GROUPED_LINE_SHARE = 0.05
+# Share of the rate of a convolution without groups that is in a loop ("conv1d dw" and
+# the same in a scan, "scan8 conv1d dw").
+LOOP_SHARE = 0.1
 # FLOP/s, times the groups, of a grouped kernel's gradient ("group4 dw").
 BATCH_GROUPED_FLOPS = 9e8
 
@@ -124,28 +140,33 @@ def _work(op: Operation) -> tuple[Value, float] | None:
     return None
 
 
-def cached_traffic(
+def widened_traffic(
     graph: Graph,
     counts: np.ndarray,
 ) -> np.ndarray:
-    """Return how often values pass the memory.
-
-    Those in caches count for less, those of 16 bits for more.
+    """Return how often values pass the memory; those of 16 bits count for more.
 
     Args:
       graph: the program.
       counts: how often each value is read or written, see `traffic`.
     """
-    sizes = [math.prod(v.shape) * itemsize(v) for v in graph.values]
-    small = np.array(sizes) <= CACHED
     narrow = np.array([itemsize(v) == HALF_BYTES for v in graph.values], bool)
-    slower = np.where(narrow, WIDENED, 1.0)
-    return np.where(small, CACHED_SHARE, 1.0) * slower * counts
+    return np.where(narrow, WIDENED, 1.0) * counts
 
 
 def kernel_seconds(graph: Graph) -> float:
     """Return the seconds of a core to start all kernels of a step, matmuls apart."""
     return KERNEL_SECONDS * kernels(graph)
+
+
+def meeting_seconds(flops: float, devices: int) -> float:
+    """Return the seconds that devices meet for an array of a joined all-reduce.
+
+    Args:
+      flops: a device's peak, FLOP/s.
+      devices: how many meet.
+    """
+    return MEETING_SECONDS * devices * waiting(flops)
 
 
 def cores_of(flops: float) -> float:
@@ -166,6 +187,19 @@ def waiting(flops: float) -> float:
     return max(1.0, 1.0 / cores_of(flops))
 
 
+def shared_slowdown(flops: float, peak: float) -> float:
+    """Return by how much a product is slower than if all cores worked on it alike.
+
+    Args:
+      flops: of the product.
+      peak: of the device, FLOP/s.
+    """
+    cores = cores_of(peak)
+    if cores <= 1:
+        return 1.0
+    return cores / (1 + (cores - 1) * flops / (flops + HALF_SHARED))
+
+
 def convolution_slowdown(op: Operation) -> float:
     """Return by how much a convolution is slower than a matmul of as many FLOPs."""
     kernel = op.inputs[1]
@@ -177,7 +211,9 @@ def convolution_slowdown(op: Operation) -> float:
     if grouped or spatial:
         scaled = channels**CHANNEL_POWER
         share = scaled / (scaled + HALF_RATE)
-        share *= GROUPED_SHARE if grouped else 1.0
+        if grouped:
+            is_line = len(kernel.shape) == LINE_RANK
+            share *= GROUPED_LINE_SHARE if is_line else GROUPED_SHARE
         share *= SPATIAL_SHARE if spatial else 1.0
     elif _gives_a_kernel(op):
         share = outputs / (outputs + HALF_OUTPUTS)
@@ -185,6 +221,26 @@ def convolution_slowdown(op: Operation) -> float:
         share = _dense_share(channels, outputs, len(kernel.shape))
     if _is_reversed(op):
         share = min(share, REVERSED_FLOPS / CORE_FLOPS)
+    if op.times > 1 and not grouped:
+        share *= LOOP_SHARE
+    return 1.0 / share
+
+
+def product_slowdown(op: Operation, extents: Sequence[int]) -> float:
+    """Return by how much a product is slower than a large one of as many FLOPs.
+
+    Args:
+      op: the product, no convolution.
+      extents: of its result's rows and columns, and of what is summed over.
+    """
+    least, middle, _ = sorted(extents)
+    share = least * middle / (least * middle + HALF_SQUARE)
+    (summed, _), (batch, _) = op.params["dimension_numbers"]
+    left = op.inputs[0]
+    assert left is not None
+    own = [d for d in range(len(left.shape)) if d not in (*summed, *batch)]
+    if summed and own and max(summed) < min(own):
+        share *= LEFT_TRANSPOSED_SHARE
     return 1.0 / share
 
 
